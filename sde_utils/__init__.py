@@ -1,0 +1,56 @@
+"""Score-based diffusion and observation-guided diffusion, each approximation beside its exact counterpart."""
+
+from .data import swiss_roll, swiss_roll_curve, swiss_roll_parameter, swiss_roll_scaling
+from .exact import IsotropicMixture, swiss_roll_density
+from .guidance import DPS, Annealed, Observation
+from .metrics import roll_mass, sliced_wasserstein, total_variation
+from .networks import MLP, Denoiser, load_denoiser, save_denoiser
+from .sampling import (
+    Langevin,
+    ancestral,
+    euler,
+    euler_maruyama,
+    heun,
+    karras_times,
+    log_likelihood,
+    sample,
+    uniform_times,
+)
+from .sde import SDE, VESDE, VPSDE, SubVPSDE
+from .training import dsm_loss, log_uniform, train
+
+__version__ = "0.1.0"
+__all__ = [
+    "DPS",
+    "MLP",
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "Annealed",
+    "Denoiser",
+    "IsotropicMixture",
+    "Langevin",
+    "Observation",
+    "SubVPSDE",
+    "ancestral",
+    "dsm_loss",
+    "euler",
+    "euler_maruyama",
+    "heun",
+    "karras_times",
+    "load_denoiser",
+    "log_likelihood",
+    "log_uniform",
+    "roll_mass",
+    "sample",
+    "save_denoiser",
+    "sliced_wasserstein",
+    "swiss_roll",
+    "swiss_roll_curve",
+    "swiss_roll_density",
+    "swiss_roll_parameter",
+    "swiss_roll_scaling",
+    "total_variation",
+    "train",
+    "uniform_times",
+]

@@ -1,0 +1,104 @@
+"""Denoising score matching."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ._checks import check_batch, check_count, check_positive, expand, holds, randn_like
+from .sde import Denoise
+
+SigmaSampler = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) -> (n,) noise levels
+
+
+def dsm_loss(denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""`mean over dims of |ε̂ - ε|²` with `z = x_0 + σ ε` and `ε̂ = (z - D(z, σ)) / σ`. x0: (B, *dims). Returns (B,).
+
+    Its expectation over ε and x_0 is `mean |ε̂ - ε*|² + const`, least for the exact score. `ValueError` unless σ > 0.
+    Source: Vincent 2011; Song et al. 2021, eq. 7, with weight λ(t) = (r σ)².
+    """
+    check_batch(x0, "x0")
+    level = expand(sigma, x0, "sigma")
+    if not holds((level > 0).all()):
+        raise ValueError("sigma must be positive")
+    noise = randn_like(x0, generator)
+    z = x0 + level * noise
+    eps_hat = (z - denoiser(z, level.flatten() if level.ndim else level)) / level
+    return ((eps_hat - noise) ** 2).flatten(1).mean(1)
+
+
+def log_uniform(low: float, high: float) -> SigmaSampler:
+    """ln σ stratified over [ln low, ln high], one draw in each of n equal cells; for VE from σ_min to σ_max, uniform in t.
+
+    `ValueError` unless 0 < low < high.
+    """
+    check_positive(low=low, high=high)
+    if low >= high:
+        raise ValueError(f"low must be below high, got {low} and {high}")
+
+    def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:
+        device = "cpu" if generator is None else generator.device
+        cells = torch.randperm(n, generator=generator, device=device) + torch.rand(n, generator=generator, device=device)
+        return low * (high / low) ** (cells / n)
+
+    return sampler
+
+
+def train(
+    denoiser: nn.Module,
+    data: Tensor,
+    sigma_sampler: SigmaSampler,
+    *,
+    steps: int,
+    batch_size: int = 1024,
+    lr: float = 5e-3,
+    warmup: float = 0.02,
+    ema_decay: float = 0.99,
+    ema_every: int = 5,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> Tensor:
+    r"""Minimise `dsm_loss` over random mini-batches with Adam; afterwards the denoiser holds the moving average of its weights.
+
+    The learning rate rises linearly over the first `warmup` share of the steps, then falls linearly to 0. The average
+    `θ̄ <- ema_decay θ̄ + (1 - ema_decay) θ` is taken every `ema_every` steps.
+    Args: data: (N, *dims), on the denoiser's device. sigma_sampler: (n, generator) -> (n,). Returns the losses, (steps,), on the CPU.
+    Raises `ValueError`/`TypeError` for bad arguments before the first step, `FloatingPointError` if the loss leaves the finite numbers.
+    """
+    check_batch(data, "data")
+    check_count(steps=steps, batch_size=batch_size, ema_every=ema_every)
+    check_positive(lr=lr)
+    if not (0 <= ema_decay < 1 and 0 <= warmup < 1):
+        raise ValueError(f"ema_decay and warmup must lie in [0, 1), got {ema_decay} and {warmup}")
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    rise = max(1, round(warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, 1) * (1 - i / steps))
+    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    losses = torch.empty(steps, device=data.device)
+    denoiser.train()
+    device = data.device if generator is None else generator.device
+    bar = tqdm(range(steps), desc="training", file=sys.stdout, disable=not progress, mininterval=1.0)
+    for i in bar:
+        batch = data[torch.randint(len(data), (batch_size,), generator=generator, device=device).to(data.device)]
+        loss = dsm_loss(denoiser, batch, sigma_sampler(batch_size, generator), generator).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses[i] = loss.detach()
+        if (i + 1) % ema_every == 0:
+            average.update_parameters(denoiser)
+        if (i + 1) % 100 == 0 or i + 1 == steps:  # one look at the device in 100 steps
+            recent = losses[max(0, i - 99) : i + 1].mean()
+            if not holds(recent.isfinite()):
+                raise FloatingPointError(f"the loss is not finite by step {i + 1}: lower lr (now {lr}) or check the data's scale")
+            bar.set_postfix_str(f"loss {recent:.4f}" if progress else "", refresh=False)
+    if steps >= ema_every:
+        denoiser.load_state_dict(average.module.state_dict())
+    denoiser.eval()
+    return losses.cpu()
