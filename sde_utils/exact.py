@@ -80,10 +80,10 @@ class IsotropicMixture:
         return torch.cat(out).reshape(z.shape).to(z.dtype)
 
 
-def swiss_roll_density(noise: float = 0.2, nodes: int = 1000) -> IsotropicMixture:
+def swiss_roll_density(noise: float = 0.2, nodes: int = 800) -> IsotropicMixture:
     r"""The population of `swiss_roll(n, noise)`: `p(x) = ∫₀¹ N(x; c(u), (noise/sd)² I) du`, by Gauss-Legendre quadrature over the curve c.
 
-    1,000 nodes resolve noise 0.2 to float64 rounding; their spacing, about 140 / nodes before scaling, has to stay below `noise`.
+    800 nodes resolve noise 0.2 to 10⁻⁷ nats; their spacing, about 140 / nodes before scaling, has to stay below `noise`.
     """
     check_positive(noise=noise)
     check_count(nodes=nodes)

@@ -107,21 +107,25 @@ def uniform_times(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
-def karras_times(sde: SDE, steps: int, rho: float = 10.0, sigma_min: float = 0.01) -> list[float]:
-    r"""Times of `steps` noise levels `σ_i = (σ_max^{1/ρ} + i/(steps-1) (σ_min^{1/ρ} - σ_max^{1/ρ}))^ρ`, then t = 0.
+def karras_times(sde: SDE, steps: int, rho: float = 7.0, sigma_min: float = 0.01, sigma_max: float = 20.0) -> list[float]:
+    r"""Times of `steps` noise levels, then t = 0: first σ(1), then `n = steps - 1` levels, i = 0..n-1,
 
-    σ_max = σ(1). σ_min is σ(0) where that is positive (VE; the last level is then t = 0 itself), else `sigma_min`.
-    Source: Karras et al. 2022, eq. 5, with ρ = 7; ρ = 10 has more steps at small σ, where the data's fine structure is decided.
+    `σ_i = (σ_max^{1/ρ} + i/(n-1) (σ_min^{1/ρ} - σ_max^{1/ρ}))^ρ`.
+
+    One step leads from σ(1) to `sigma_max`: above twenty times the data's size (here 1) D hardly changes, and the flow is a straight line.
+    `sigma_min` gives way to σ(0) where that is positive (VE; the last level is then t = 0 itself).
+    Raises `ValueError` unless 0 < sigma_min < sigma_max. Source: Karras et al. 2022, eq. 5.
     """
     check_count(steps=steps)
-    check_positive(rho=rho, sigma_min=sigma_min)
-    first, last = float(sde.sigma(1.0)), float(sde.sigma(0.0)) or sigma_min
-    high, low = first ** (1 / rho), last ** (1 / rho)
-    inner = [(high + i / (steps - 1) * (low - high)) ** rho for i in range(1, steps - 1)]
-    times = [1.0, *(float(sde.time(sigma)) for sigma in inner)]
-    if steps > 1 and sde.sigma(0.0) == 0:
-        times.append(float(sde.time(last)))
-    return [*times, 0.0]
+    check_positive(rho=rho, sigma_min=sigma_min, sigma_max=sigma_max)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
+    top, bottom, n = float(sde.sigma(1.0)), float(sde.sigma(0.0)), steps - 1
+    high, low = min(sigma_max, top) ** (1 / rho), (bottom or sigma_min) ** (1 / rho)
+    skip = 1 if top <= sigma_max else 0  # σ(1) is then itself the first of the levels
+    shares = [i / (n - 1 + skip) for i in range(skip, n + skip)] if n > 1 else [1.0] * n
+    times = [1.0, *(float(sde.time((high + share * (low - high)) ** rho)) for share in shares)]
+    return [*(times[:-1] if bottom and n else times), 0.0]
 
 
 def _grid(sde: SDE, steps: int, times: Sequence[float] | Tensor | None, predictor: Predictor) -> list[float]:
@@ -205,7 +209,8 @@ def log_likelihood(
 ) -> Tensor:
     r"""`log p(x_0; σ)` in nats, the density of x_0 + σ ε at x_0, along the probability-flow ODE with λ = ln σ:
 
-    `dz/dλ = z - D`, `d log p/dλ = -tr(∂(z - D)/∂z)`, up to σ(1), where p is the prior N(0, σ(1)² I). Runge-Kutta of order 4.
+    `dz/dλ = z - D`, `d log p/dλ = -tr(∂(z - D)/∂z)`, by Runge-Kutta of order 4 up to σ(1). There p is the isotropic Gaussian whose score is the
+    denoiser's, linearised at 0, which has the data's mean and variance; the bare prior N(0, σ(1)² I) would cost about |mean| / σ(1) nats.
 
     Args: x0: (B, *dims). sigma: noise level where the integration starts; σ(0) if that is positive (VE), else 0.01.
     steps: Runge-Kutta steps, four evaluations each. probes: None takes the trace exactly, by one vector-Jacobian product per dimension;
@@ -243,7 +248,10 @@ def log_likelihood(
         k4, m4 = slope(z + h * k3, a + h)
         z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         gained = gained + h / 6 * (m1 + 2 * m2 + 2 * m3 + m4)
-    prior = -((z / top) ** 2).flatten(1).sum(1) / 2 - dim * math.log(top * math.sqrt(2 * math.pi))
+    offset, free = slope(torch.zeros_like(z), math.log(top))  # at z = 0: -D(0) and dim - tr ∂D/∂z
+    free = expand(free / dim, z)
+    square = ((z + offset / free) ** 2 * free / top**2).flatten(1).sum(1)
+    prior = -square / 2 + dim / 2 * ((free / (2 * math.pi * top**2)).log()).flatten()
     if not holds((prior + gained).isfinite().all()):
         raise FloatingPointError("the likelihood left the finite numbers: check the denoiser, or take more steps")
     return prior + gained

@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+from conftest import rng
+
+from sde_utils import IsotropicMixture, swiss_roll, swiss_roll_curve, swiss_roll_density, swiss_roll_parameter, swiss_roll_scaling
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    g = rng(0)
+    means = torch.randn(7, 2, generator=g, dtype=torch.float64)
+    return IsotropicMixture(means, 0.3, torch.rand(7, generator=g, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05, 1.0, 20.0])
+def test_density_against_the_sum_written_out(mixture, sigma):
+    z = 2 * torch.randn(50, 2, generator=rng(1), dtype=torch.float64)
+    v = 0.3 + sigma**2
+    expected = sum(
+        w * torch.exp(-((z - m) ** 2).sum(1) / (2 * v)) / (2 * math.pi * v) for w, m in zip(mixture.weights, mixture.means, strict=True)
+    )
+    torch.testing.assert_close(mixture.log_prob(z, sigma), expected.log(), rtol=1e-10, atol=1e-10)
+
+
+def test_denoiser_against_quadrature(mixture):
+    """E[x_0 | z] by brute force: integrate x p(x) N(z; x, σ²) over a fine grid."""
+    axis = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    prior = mixture.log_prob(grid).exp()
+    for sigma in (0.3, 1.0):
+        for z in torch.tensor([[0.0, 0.0], [1.0, -1.5]], dtype=torch.float64):
+            w = prior * torch.exp(-((z - grid) ** 2).sum(1) / (2 * sigma**2))
+            expected = (w[:, None] * grid).sum(0) / w.sum()
+            torch.testing.assert_close(mixture.denoise(z[None], sigma)[0], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_score_is_the_gradient_and_tweedie_holds(mixture):
+    z = torch.randn(30, 2, generator=rng(2), dtype=torch.float64).requires_grad_()
+    sigma = torch.linspace(0.05, 3, 30, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(mixture.log_prob(z, sigma).sum(), z)
+    torch.testing.assert_close(mixture.score(z, sigma), gradient, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(mixture(z, sigma), z + sigma[:, None] ** 2 * gradient, rtol=1e-8, atol=1e-8)
+
+
+def test_images_and_batches_agree_with_single_samples(mixture):
+    means = torch.randn(5, 1, 3, 3, generator=rng(3))
+    mix = IsotropicMixture(means, 0.0)
+    z, sigma = torch.randn(4, 1, 3, 3, generator=rng(4)), torch.tensor([0.1, 0.5, 1.0, 2.0])
+    assert mix(z, sigma).shape == z.shape
+    assert mix(z, sigma).dtype == torch.float32
+    for i in range(4):
+        torch.testing.assert_close(mix(z, sigma)[i : i + 1], mix(z[i : i + 1], float(sigma[i])))
+
+
+def test_atoms_at_small_noise_return_the_nearest_atom():
+    means = torch.randn(50, 20, generator=rng(5))
+    z = means[:10] + 0.01 * torch.randn(10, 20, generator=rng(6))
+    torch.testing.assert_close(IsotropicMixture(means, 0.0)(z, 0.01), means[:10])
+
+
+def test_samples_have_the_moments(mixture):
+    n = 100_000
+    x = mixture.sample(n, rng(7))
+    mean = mixture.weights @ mixture.means
+    cov = 0.3 * torch.eye(2) + (mixture.means - mean).T @ (mixture.weights[:, None] * (mixture.means - mean))
+    assert ((x.mean(0) - mean).abs() < 4 * x.std(0) / math.sqrt(n)).all()
+    products = (x - mean)[:, :, None] * (x - mean)[:, None]
+    assert ((products.mean(0) - cov).abs() < 4 * products.std(0) / math.sqrt(n)).all()
+
+
+def test_20000_points_against_4000_means_stay_in_blocks():
+    import resource
+
+    mix = swiss_roll_density(nodes=4000)
+    x = mix.sample(20_000, rng(8)).float()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert mix.log_prob(x).shape == (20_000,)
+    assert mix.denoise(x, 0.1).shape == (20_000, 2)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 1.5e9  # all at once: 20,000 x 4,000 x 8 bytes = 640 MB an array, several arrays in float64 and their temporaries
+
+
+def test_roll_is_resolved_by_its_quadrature(roll):
+    x = roll.sample(2000, rng(9))
+    torch.testing.assert_close(roll.log_prob(x), swiss_roll_density(nodes=3000).log_prob(x), rtol=0, atol=1e-6)
+    # independent: Monte-Carlo over the curve, at one point, at a noise where that converges
+    u = torch.rand(400_000, generator=rng(10), dtype=torch.float64)
+    v = roll.variance + 0.3**2
+    terms = torch.exp(-((x[0] - swiss_roll_curve(u)) ** 2).sum(1) / (2 * v)) / (2 * math.pi * v)
+    assert abs(float(roll.log_prob(x[:1], 0.3).exp() - terms.mean())) < 4 * float(terms.std()) / math.sqrt(len(u))
+
+
+def test_roll_data_are_of_the_density(roll):
+    n = 40_000
+    x, exact = swiss_roll(n, seed=0).double(), roll.sample(n, rng(11))
+    for a, b in zip((x, x**2, -roll.log_prob(x)[:, None]), (exact, exact**2, -roll.log_prob(exact)[:, None]), strict=True):
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * ((a.var(0) + b.var(0)) / n).sqrt()).all()
+    assert abs(float(x.mean())) < 4 / math.sqrt(2 * n)
+    mean, sd = swiss_roll_scaling()
+    assert sd > 6
+    assert abs(mean) < 2
+
+
+def test_roll_sampling_follows_its_generator_and_parameter_inverts_curve():
+    torch.testing.assert_close(swiss_roll(50, generator=rng(1)), swiss_roll(50, generator=rng(1)))
+    assert not torch.equal(swiss_roll(50, generator=rng(1)), swiss_roll(50, generator=rng(2)))
+    u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    torch.testing.assert_close(swiss_roll_parameter(swiss_roll_curve(u)), u, rtol=0, atol=3e-4)
+
+
+def test_bad_input_is_refused(mixture):
+    means = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="variance"):
+        IsotropicMixture(means, -1.0)
+    with pytest.raises(ValueError, match="means"):
+        IsotropicMixture(torch.full((3, 2), math.nan), 1.0)
+    for weights in (torch.ones(2), -torch.ones(3), torch.zeros(3), torch.tensor([1.0, math.nan, 1.0])):
+        with pytest.raises(ValueError, match="weights"):
+            IsotropicMixture(means, 1.0, weights)
+    with pytest.raises(ValueError, match="z must have shape"):
+        mixture.log_prob(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="z must be finite"):
+        mixture.denoise(torch.full((4, 2), math.inf), 1.0)
+    with pytest.raises(ValueError, match="sigma must be a scalar"):
+        mixture.denoise(torch.zeros(4, 2), torch.ones(3))
+    with pytest.raises(ValueError, match="atoms"):
+        IsotropicMixture(means, 0.0).log_prob(means)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match="n must be"):
+            mixture.sample(n)
+        with pytest.raises(ValueError, match="n must be"):
+            swiss_roll(n)
+    for noise in (0.0, -0.2, math.nan):
+        with pytest.raises(ValueError, match="noise"):
+            swiss_roll_density(noise)
