@@ -42,7 +42,7 @@ class IsotropicMixture:
         return centres + math.sqrt(self.variance) * randn_like(centres, generator)
 
     def _blocks(self, z: Tensor, sigma: float | Tensor, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of rows of (z, v + σ²), each with its joint log-density log w_k + log N(z; μ_k, (v + σ²) I), (b, K)."""
+        """Blocks of rows of (z, v + σ²), each with log w_k + log N(z; μ_k, (v + σ²) I) up to `_own`, (b, K)."""
         check_batch(z, "z")
         if z.shape[1:] != self.means.shape[1:]:
             raise ValueError(f"z must have shape (B, {', '.join(map(str, self.means.shape[1:]))}), got {tuple(z.shape)}")
@@ -51,16 +51,22 @@ class IsotropicMixture:
         variance = (self.variance + expand(sigma, z, "sigma") ** 2).expand(len(z), 1)
         if not holds((variance > 0).all()):
             raise ValueError(f"{name} of atoms (variance 0) needs sigma > 0")
-        log_w, norm = self.weights.to(z.device, wide).log(), (means**2).sum(1)
+        # joint = z·μ/v - |μ|²/(2v) + log w - |z|²/(2v) - d/2 log(2πv): all that depends on k in one product of matrices
+        columns = torch.cat([means, (means**2).sum(1, keepdim=True), self.weights.to(z.device, wide).log()[:, None]], dim=1)
         blocks = []
         for zb, vb in zip(*(a.split(max(1, BLOCK // len(means))) for a in (z, variance)), strict=True):
-            square = (zb**2).sum(1, keepdim=True) - 2 * zb @ means.T + norm  # |z - μ_k|², (b, K)
-            blocks.append((zb, vb, log_w - square / (2 * vb) - z.shape[1] / 2 * (2 * math.pi * vb).log()))
+            rows = torch.cat([zb / vb, -0.5 / vb, torch.ones_like(vb)], dim=1)  # (b, d + 2)
+            blocks.append((zb, vb, rows @ columns.T))
         return blocks
+
+    @staticmethod
+    def _own(z: Tensor, variance: Tensor) -> Tensor:
+        """The part of the joint log-density that all components share, (b,)."""
+        return -((z**2).sum(1) / variance[:, 0] + z.shape[1] * (2 * math.pi * variance[:, 0]).log()) / 2
 
     def log_prob(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """log p(z; σ) in nats. z: (B, *dims); sigma: float, scalar tensor or (B,). Returns (B,)."""
-        return torch.cat([joint.logsumexp(1) for _, _, joint in self._blocks(z, sigma, "log_prob")]).to(z.dtype)
+        return torch.cat([joint.logsumexp(1) + self._own(zb, vb) for zb, vb, joint in self._blocks(z, sigma, "log_prob")]).to(z.dtype)
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         r"""`D(z, σ) = (v z + σ² Σ_k w_k(z) μ_k) / (v + σ²)`, w_k(z) the posterior weight of component k. z: (B, *dims). Returns (B, *dims)."""

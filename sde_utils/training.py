@@ -67,7 +67,7 @@ def train(
 
     The learning rate rises linearly over the first `warmup` share of the steps, then falls linearly to 0. The average
     `θ̄ <- ema_decay θ̄ + (1 - ema_decay) θ` is taken every `ema_every` steps.
-    Args: data: (N, *dims), on the denoiser's device. sigma_sampler: (n, generator) -> (n,). Returns the losses, (steps,), on the CPU.
+    Args: data: (N, *dims), on the denoiser's device. sigma_sampler: (n, generator) -> (n,). Returns the losses, (steps,), on its device.
     Raises `ValueError`/`TypeError` for bad arguments before the first step, `FloatingPointError` if the loss leaves the finite numbers.
     """
     check_batch(data, "data")
@@ -75,7 +75,7 @@ def train(
     check_positive(lr=lr)
     if not (0 <= ema_decay < 1 and 0 <= warmup < 1):
         raise ValueError(f"ema_decay and warmup must lie in [0, 1), got {ema_decay} and {warmup}")
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), fused=not data.is_meta)
     rise = max(1, round(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, 1) * (1 - i / steps))
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -101,4 +101,4 @@ def train(
     if steps >= ema_every:
         denoiser.load_state_dict(average.module.state_dict())
     denoiser.eval()
-    return losses.cpu()
+    return losses

@@ -47,5 +47,5 @@ def learned():
     torch.manual_seed(0)
     denoiser = Denoiser(MLP())
     sampler = log_uniform(0.01, float(VPSDE().sigma(1.0)))
-    train(denoiser, swiss_roll(20_000, seed=0), sampler, steps=4000, generator=rng(1), progress=False)
+    train(denoiser, swiss_roll(20_000, seed=0), sampler, steps=3500, batch_size=768, generator=rng(1), progress=False)
     return denoiser

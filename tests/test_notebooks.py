@@ -1,0 +1,51 @@
+"""The notebooks run, and what is committed is one clean execution of the code beside it."""
+
+import json
+import re
+
+import nbformat
+import pytest
+from notebooks import NOTEBOOKS, execute, fingerprint
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+@each
+def test_runs_from_top_to_bottom_in_fast_mode(path):
+    executed = execute(path, TRAIN_STEPS=300, N_DATA=2000, N_SAMPLES=200)
+    assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
+
+
+@each
+def test_committed_state(path):
+    text = path.read_text()
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    outputs = [o for c in code for o in c.outputs]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert notebook.metadata.executed == fingerprint(notebook), "code changed after it was executed: python tests/notebooks.py"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search(r"(/(home|root|work|tmp|Users)/|site-packages|Warning)", json.dumps(notebook.cells))
+    assert len(text) < 2e6
+    assert max(len(c.source.splitlines()) for c in code) <= 30
+
+
+@each
+def test_figures_are_small_described_and_one_moves(path):
+    notebook = nbformat.read(path, as_version=4)
+    figures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+    assert len(figures) >= 10
+    for figure in figures:
+        assert len(figure.data["image/png"]) * 3 / 4 < 150_000
+        assert len(figure.metadata["image/png"]["alt"]) > 30
+    assert sum("Animation" in f.metadata["image/png"]["alt"] for f in figures) == 1
+
+
+def test_both_have_the_same_sections():
+    headings = [
+        re.findall(r"^#{2,3} .*", "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown"), re.M) for p in NOTEBOOKS
+    ]
+    assert len(NOTEBOOKS) == 2
+    assert headings[0] == headings[1]
