@@ -1,9 +1,9 @@
 """Score-based diffusion and observation-guided diffusion, each approximation beside its exact counterpart."""
 
 from .data import swiss_roll, swiss_roll_curve, swiss_roll_parameter, swiss_roll_scaling
-from .exact import IsotropicMixture, swiss_roll_density
-from .guidance import DPS, Annealed, Observation
-from .metrics import roll_mass, sliced_wasserstein, total_variation
+from .exact import GaussianMixture, IsotropicMixture, grid_posterior, swiss_roll_density, weighted_posterior
+from .guidance import DPS, MMPS, Annealed, Observation, PiGDM
+from .metrics import calibration_ranks, coverage, roll_mass, sliced_wasserstein, total_variation
 from .networks import MLP, Denoiser, load_denoiser, save_denoiser
 from .sampling import (
     Langevin,
@@ -17,25 +17,33 @@ from .sampling import (
     uniform_times,
 )
 from .sde import SDE, VESDE, VPSDE, SubVPSDE
+from .smc import Particles, twisted_smc
 from .training import dsm_loss, log_uniform, train
 
 __version__ = "0.1.0"
 __all__ = [
     "DPS",
     "MLP",
+    "MMPS",
     "SDE",
     "VESDE",
     "VPSDE",
     "Annealed",
     "Denoiser",
+    "GaussianMixture",
     "IsotropicMixture",
     "Langevin",
     "Observation",
+    "Particles",
+    "PiGDM",
     "SubVPSDE",
     "ancestral",
+    "calibration_ranks",
+    "coverage",
     "dsm_loss",
     "euler",
     "euler_maruyama",
+    "grid_posterior",
     "heun",
     "karras_times",
     "load_denoiser",
@@ -52,5 +60,7 @@ __all__ = [
     "swiss_roll_scaling",
     "total_variation",
     "train",
+    "twisted_smc",
     "uniform_times",
+    "weighted_posterior",
 ]

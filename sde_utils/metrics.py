@@ -36,3 +36,27 @@ def roll_mass(x: Tensor, weights: Tensor | None = None, bins: int = 20) -> Tenso
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """Half the sum of |p - q|, in [0, 1]. p, q: (bins,), each summing to 1. Returns a scalar tensor."""
     return (p - q).abs().sum() / 2
+
+
+def calibration_ranks(truth: Tensor, draws: Tensor) -> Tensor:
+    r"""Ranks for simulation-based calibration: how many of L posterior draws lie below the truth they should be exchangeable with.
+
+    Over truths x_i ~ p(x), y_i ~ p(y | x_i) and draws from p(x | y_i), the ranks are uniform on 0..L.
+    truth: (N,) one scalar per problem. draws: (N, L). Returns (N,), int64. Source: Talts et al. 2018 (arXiv 1804.06788), theorem 1.
+    """
+    _check_problems(truth, draws)
+    return (draws < truth[:, None]).sum(1)
+
+
+def coverage(truth: Tensor, draws: Tensor, level: float = 0.9) -> Tensor:
+    """Share of truths inside the central interval that holds `level` of their draws. truth: (N,); draws: (N, L). Returns a scalar tensor."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    _check_problems(truth, draws)
+    low, high = draws.quantile((1 - level) / 2, dim=1), draws.quantile((1 + level) / 2, dim=1)
+    return ((truth >= low) & (truth <= high)).to(draws.dtype).mean()
+
+
+def _check_problems(truth: Tensor, draws: Tensor) -> None:
+    if truth.ndim != 1 or draws.ndim != 2 or len(truth) != len(draws):
+        raise ValueError(f"truth must be (N,) and draws (N, L), got {tuple(truth.shape)} and {tuple(draws.shape)}")

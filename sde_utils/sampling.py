@@ -122,7 +122,7 @@ def karras_times(sde: SDE, steps: int, rho: float = 7.0, sigma_min: float = 0.01
         raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
     top, bottom, n = float(sde.sigma(1.0)), float(sde.sigma(0.0)), steps - 1
     high, low = min(sigma_max, top) ** (1 / rho), (bottom or sigma_min) ** (1 / rho)
-    skip = 1 if top <= sigma_max else 0  # σ(1) is then itself the first of the levels
+    skip = 1 if top <= sigma_max * (1 + 1e-9) else 0  # σ(1) is then itself the first of the levels
     shares = [i / (n - 1 + skip) for i in range(skip, n + skip)] if n > 1 else [1.0] * n
     times = [1.0, *(float(sde.time((high + share * (low - high)) ** rho)) for share in shares)]
     return [*(times[:-1] if bottom and n else times), 0.0]
@@ -131,6 +131,11 @@ def karras_times(sde: SDE, steps: int, rho: float = 7.0, sigma_min: float = 0.01
 def _grid(sde: SDE, steps: int, times: Sequence[float] | Tensor | None, predictor: Predictor) -> list[float]:
     if times is None:
         return karras_times(sde, steps) if predictor in (euler, heun) else uniform_times(steps)
+    return check_times(times)
+
+
+def check_times(times: Sequence[float] | Tensor) -> list[float]:
+    """`times` as a list; `ValueError` unless they decrease within [0, 1] and are at least two."""
     times = [float(t) for t in times]
     if len(times) < 2 or any(not t > s for t, s in pairwise(times)) or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must decrease within [0, 1] and hold at least two, got {times}")

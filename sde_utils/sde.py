@@ -103,7 +103,7 @@ class SDE(ABC):
     def _check_sigma(self, sigma: float | Tensor) -> Tensor:
         sigma = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
         low, high = self.sigma(0.0), self.sigma(1.0)
-        slack = 4 * torch.finfo(sigma.dtype).eps
+        slack = 256 * torch.finfo(sigma.dtype).eps
         if not holds(((sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))).all()):
             raise ValueError(f"sigma must lie in [{float(low):.6g}, {float(high):.6g}], got {sigma.min():.6g} to {sigma.max():.6g}")
         return sigma

@@ -4,7 +4,18 @@ import pytest
 import torch
 from conftest import rng
 
-from sde_utils import IsotropicMixture, swiss_roll, swiss_roll_curve, swiss_roll_density, swiss_roll_parameter, swiss_roll_scaling
+from sde_utils import (
+    GaussianMixture,
+    IsotropicMixture,
+    Observation,
+    grid_posterior,
+    swiss_roll,
+    swiss_roll_curve,
+    swiss_roll_density,
+    swiss_roll_parameter,
+    swiss_roll_scaling,
+    weighted_posterior,
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +146,92 @@ def test_bad_input_is_refused(mixture):
     for noise in (0.0, -0.2, math.nan):
         with pytest.raises(ValueError, match="noise"):
             swiss_roll_density(noise)
+
+
+def linear(matrix):
+    return lambda x: x @ matrix.T
+
+
+def test_posterior_is_gaussian_conditioning_in_eight_dimensions():
+    """Against numpy, one component at a time: joint covariance of (x, y), conditioned on y; weights by the evidence of each."""
+    import numpy as np
+    from scipy.special import logsumexp
+    from scipy.stats import multivariate_normal
+
+    g = rng(20)
+    means, weights = torch.randn(4, 8, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64)
+    singular = torch.randn(3, 8, generator=g, dtype=torch.float64)
+    singular[2] = singular[0] - 2 * singular[1]  # rank 2
+    tall = torch.randn(11, 8, generator=g, dtype=torch.float64)
+    for matrix, v, noise in ((singular, 0.5, 0.3), (tall, 2.0, 0.1), (singular[:1], 0.1, 1.0)):
+        y = torch.randn(len(matrix), generator=g, dtype=torch.float64)
+        post = IsotropicMixture(means, v, weights).posterior(Observation(linear(matrix), y, noise))
+        a = matrix.numpy()
+        cov_y = v * a @ a.T + noise**2 * np.eye(len(a))
+        gain = v * a.T @ np.linalg.inv(cov_y)
+        covariance = v * np.eye(8) - gain @ a * v
+        evidence = np.array([multivariate_normal(a @ m, cov_y).pdf(y) for m in means.numpy()]) * weights.numpy() / float(weights.sum())
+        np.testing.assert_allclose(post.means, means.numpy() + (y.numpy() - means.numpy() @ a.T) @ gain.T, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(post.weights, evidence / evidence.sum(), rtol=1e-6)
+        np.testing.assert_allclose(post.log_evidence, np.log(evidence.sum()), rtol=1e-8)
+        z = torch.randn(5, 8, generator=g, dtype=torch.float64)
+        for sigma in (0.0, 0.7):
+            normals = [multivariate_normal(m, covariance + sigma**2 * np.eye(8)).logpdf(z) for m in post.means.numpy()]
+            expected = logsumexp(np.array(normals), b=post.weights.numpy()[:, None], axis=0)
+            np.testing.assert_allclose(post.log_prob(z, sigma), expected, rtol=1e-6, atol=1e-6)
+        x = post.sample(100_000, rng(21))
+        mean = post.weights.numpy() @ post.means.numpy()
+        assert (np.abs(x.numpy().mean(0) - mean) < 4 * x.numpy().std(0) / 100_000**0.5).all()
+        spread = post.means.numpy() - mean
+        total = covariance + spread.T @ (post.weights.numpy()[:, None] * spread)
+        assert np.abs(np.cov(x.numpy().T) - total).max() < 4 * total.diagonal().max() * (2 / 100_000) ** 0.5
+
+
+def test_posterior_against_quadrature_in_one_and_two_dimensions():
+    axis = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    one = IsotropicMixture(torch.tensor([[-2.0], [2.0]], dtype=torch.float64), 0.09)
+    obs = Observation(lambda x: 0.7 * x, torch.tensor([0.5], dtype=torch.float64), 0.4)
+    x = axis[:, None]
+    joint = (one.log_prob(x) + obs.log_likelihood(x)).exp()
+    evidence = joint.sum() * (axis[1] - axis[0])
+    post = one.posterior(obs)
+    torch.testing.assert_close(post.log_evidence, evidence.log(), rtol=1e-8, atol=0)
+    torch.testing.assert_close(post.log_prob(x), (joint / evidence).log(), rtol=1e-8, atol=1e-8)
+
+    two = IsotropicMixture(torch.randn(6, 2, generator=rng(22), dtype=torch.float64), 0.2)
+    obs = Observation(linear(torch.tensor([[1.0, -0.5]], dtype=torch.float64)), torch.tensor([0.3], dtype=torch.float64), 0.2)
+    points, log_density, evidence = grid_posterior(two, obs, limit=6.0, n=800)
+    post = two.posterior(obs)
+    torch.testing.assert_close(evidence, post.log_evidence, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_density, post.log_prob(points), rtol=1e-6, atol=1e-5)
+    x, log_w, estimate = weighted_posterior(two, obs, 100_000, rng(23))
+    spread = float(obs.log_likelihood(x).exp().std() / obs.log_likelihood(x).exp().mean()) / 100_000**0.5
+    assert abs(float(estimate - evidence)) < 4 * spread
+    mean = post.weights @ post.means
+    error = 4 * ((log_w.exp()[:, None] * (x - mean)) ** 2).sum(0).sqrt()
+    assert ((log_w.exp() @ x - mean).abs() < error).all()
+
+
+def test_posterior_denoises_like_its_density():
+    post = IsotropicMixture(torch.randn(5, 4, generator=rng(24), dtype=torch.float64), 0.3).posterior(
+        Observation(linear(torch.randn(2, 4, generator=rng(25), dtype=torch.float64)), torch.zeros(2, dtype=torch.float64), 0.2)
+    )
+    z = torch.randn(10, 4, generator=rng(26), dtype=torch.float64).requires_grad_()
+    sigma = torch.linspace(0.1, 3, 10, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(post.log_prob(z, sigma).sum(), z)
+    torch.testing.assert_close(post(z, sigma), z + sigma[:, None] ** 2 * gradient, rtol=1e-8, atol=1e-8)
+
+
+def test_posterior_refuses_what_it_cannot_do():
+    mix = IsotropicMixture(torch.zeros(2, 2, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="linear"):
+        mix.posterior(Observation(lambda x: x**2, torch.zeros(2, dtype=torch.float64), 1.0))
+    with pytest.raises(ValueError, match="y must be one observation"):
+        mix.posterior(Observation(lambda x: x, torch.zeros(5, 2, dtype=torch.float64), 1.0))
+    atoms = IsotropicMixture(torch.zeros(2, 2, dtype=torch.float64), 0.0)
+    far = Observation(lambda x: x, torch.full((2,), 1e200, dtype=torch.float64), 1e-3)
+    for attempt in (atoms.posterior, lambda o: grid_posterior(mix, o), lambda o: weighted_posterior(mix, o, 10)):
+        with pytest.raises(ValueError, match="impossible"):
+            attempt(far)
+    with pytest.raises(ValueError, match="basis"):
+        GaussianMixture(torch.zeros(2, 3), 1.0, basis=torch.zeros(2, 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SDES, Recorder, gaussian, rng
 
-from sde_utils import DPS, Annealed, Observation, sample
+from sde_utils import DPS, MMPS, Annealed, IsotropicMixture, Observation, PiGDM, ancestral, sample, uniform_times
 
 
 def identity(x):
@@ -42,12 +42,14 @@ def test_guided_denoiser_is_its_formula_on_a_gaussian(method, widened):
 
 
 def test_guidance_is_the_gradient_of_its_own_log_likelihood(roll):
+    """By central differences along each axis."""
     obs = Observation(product, 0.2, 0.5)
-    z = roll.sample(10, rng(3)).requires_grad_()
+    z, h = roll.sample(10, rng(3)), 1e-5
     for method in (Annealed, DPS):
         guided = method(roll, obs, max_shift=1e6)
-        (gradient,) = torch.autograd.grad(guided.log_likelihood(z, 0.4).sum(), z)
-        torch.testing.assert_close(guided(z.detach(), 0.4), (roll(z, 0.4) + 0.16 * gradient).detach())
+        steps = h * torch.eye(2, dtype=torch.float64)
+        gradient = torch.stack([(guided.log_likelihood(z + e, 0.4) - guided.log_likelihood(z - e, 0.4)) / (2 * h) for e in steps], dim=1)
+        torch.testing.assert_close(guided(z, 0.4), roll(z, 0.4) + 0.16 * gradient, rtol=1e-6, atol=1e-6)
 
 
 def test_one_network_call_each_and_samples_do_not_know_each_other(roll):
@@ -126,3 +128,149 @@ def test_bad_input_is_refused(roll):
         Annealed(None, Observation(product, 0.2, 0.1))
     with pytest.raises(ValueError, match="max_shift"):
         DPS(roll, Observation(product, 0.2, 0.1), max_shift=0.0)
+
+
+class Gaussian:
+    """The exact denoiser of N(mean, covariance), by one matrix product; an independent closed form for the tests."""
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = mean, covariance
+
+    def __call__(self, z, sigma):
+        sigma = torch.as_tensor(sigma, dtype=z.dtype).expand(len(z))
+        noisy = self.covariance + sigma[:, None, None] ** 2 * torch.eye(len(self.mean), dtype=z.dtype)
+        return self.mean + (self.covariance @ torch.linalg.solve(noisy, (z - self.mean)[..., None]))[..., 0]
+
+    def posterior(self, matrix, y, noise):
+        gain = self.covariance @ matrix.T @ torch.linalg.inv(matrix @ self.covariance @ matrix.T + noise**2 * torch.eye(len(matrix)).double())
+        return Gaussian(self.mean + gain @ (y - matrix @ self.mean), self.covariance - gain @ matrix @ self.covariance)
+
+
+def random_problem(seed, d=6, m=3, isotropic=None):
+    g = rng(seed)
+    root = torch.randn(d, d, generator=g, dtype=torch.float64)
+    covariance = root @ root.T / d + 0.05 * torch.eye(d) if isotropic is None else isotropic * torch.eye(d, dtype=torch.float64)
+    prior = Gaussian(torch.randn(d, generator=g, dtype=torch.float64), covariance)
+    matrix = torch.randn(m, d, generator=g, dtype=torch.float64)
+    y = torch.randn(m, generator=g, dtype=torch.float64)
+    return prior, matrix, y, Observation(lambda x: x @ matrix.T, y, 0.4)
+
+
+@pytest.mark.parametrize("dense", [8, 1])  # the matrix S built, and conjugate gradients
+def test_mmps_is_exact_for_any_gaussian_and_linear_operator(dense):
+    for seed in range(5):
+        prior, matrix, y, obs = random_problem(seed)
+        z = torch.randn(20, 6, generator=rng(seed + 50), dtype=torch.float64)
+        sigma = torch.logspace(-1, 1, 20, dtype=torch.float64)
+        guided = MMPS(prior, obs, max_shift=1e3, iterations=12, dense=dense)
+        torch.testing.assert_close(guided(z, sigma), prior.posterior(matrix, y, 0.4)(z, sigma), rtol=1e-4, atol=1e-4)
+        noisy = prior(z, sigma) @ matrix.T  # p(y | z) = N(A x̂, σ_y² + A Cov(x_0 | z) Aᵀ)
+        for i in range(0, 20, 5):
+            s = prior.covariance
+            left = s - s @ torch.linalg.solve(s + sigma[i] ** 2 * torch.eye(6), s)
+            exact = torch.distributions.MultivariateNormal(noisy[i], 0.16 * torch.eye(3) + matrix @ left @ matrix.T).log_prob(y)
+            torch.testing.assert_close(guided.log_likelihood(z[i : i + 1], sigma[i])[0], exact, rtol=1e-6, atol=1e-6)
+
+
+def test_pigdm_is_exact_for_isotropic_gaussians_and_only_there():
+    z, sigma = torch.randn(20, 6, generator=rng(60), dtype=torch.float64), torch.logspace(-1, 1, 20, dtype=torch.float64)
+    for m in (3, 8):  # wide and tall
+        prior, matrix, y, obs = random_problem(7, m=m, isotropic=0.7)
+        guided = PiGDM(prior, obs, max_shift=1e3, variance=0.7)
+        torch.testing.assert_close(guided(z, sigma), prior.posterior(matrix, y, 0.4)(z, sigma), rtol=1e-4, atol=1e-4)
+        mmps = MMPS(prior, obs, max_shift=1e3).log_likelihood(z, sigma)
+        torch.testing.assert_close(guided.log_likelihood(z, sigma), mmps, rtol=1e-6, atol=1e-6)
+    prior, matrix, y, obs = random_problem(8)
+    error = PiGDM(prior, obs, variance=float(prior.covariance.diagonal().mean()))(z, sigma) - prior.posterior(matrix, y, 0.4)(z, sigma)
+    assert error.abs().max() > 0.05
+
+
+def test_mmps_is_wrong_for_two_modes(two_modes):
+    obs = Observation(identity, torch.tensor([0.5], dtype=torch.float64), 1.0)
+    z = torch.linspace(-3, 3, 31, dtype=torch.float64)[:, None]
+    error = MMPS(two_modes, obs)(z, 2.0) - two_modes.posterior(obs)(z, 2.0)
+    assert error.abs().max() > 0.1
+
+
+def test_calls_and_products_are_no_more_than_the_formula_needs():
+    prior, _, _, obs = random_problem(3)
+    products = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            products.append(1)
+            return g
+
+    for method, options, log, expected in [
+        (Annealed, {}, False, 1),
+        (DPS, {}, False, 1),
+        (PiGDM, {}, True, 1),
+        (MMPS, {}, True, 3),
+        (MMPS, {"dense": 1, "iterations": 5}, False, 6),
+    ]:
+        calls = Recorder(lambda z, sigma: Counted.apply(prior(z, sigma)))
+        products.clear()
+        method(calls, obs, **options).evaluate(torch.zeros(4, 6, dtype=torch.float64), 0.5, log=log)
+        assert (calls.calls, len(products)) == (1, expected), method
+
+
+def test_pigdm_refuses_a_non_linear_operator(roll):
+    with pytest.raises(ValueError, match="linear"):
+        PiGDM(roll, Observation(product, 0.2, 0.1))(torch.zeros(3, 2), 1.0)
+
+
+def test_operators_that_cannot_be_used_are_named(roll):
+    with pytest.raises(ValueError, match="differentiable"):
+        MMPS(roll, Observation(lambda x: x.detach(), torch.zeros(2), 0.1))(torch.zeros(3, 2), 1.0)
+    with pytest.raises(ValueError, match="iterations"):
+        MMPS(roll, Observation(product, 0.2, 0.1), iterations=0)
+    with pytest.raises(ValueError, match="variance"):
+        PiGDM(roll, Observation(product, 0.2, 0.1), variance=0.0)
+    with pytest.raises(ValueError, match="zeta needs"):
+        DPS(roll, Observation(product, 0.2, 0.1), zeta=1.0)
+
+
+def test_dps_with_zeta_is_algorithm_1_step_for_step(two_modes):
+    """The paper's loop for DDPM, written out: x0_hat from the score, posterior step, then - ζ/|r| ∇_x |r|²."""
+    sde, zeta = SDES["vp"], 0.3
+    times = tuple([1 - i / 50 for i in range(50)] + [0.0])
+    mix = IsotropicMixture(torch.tensor([[-1.0, 0.5], [1.0, -0.5]], dtype=torch.float64), 0.2)
+    matrix = torch.tensor([[1.0, 0.3]], dtype=torch.float64)
+    y = torch.tensor([0.4], dtype=torch.float64)
+    x = torch.randn(6, 2, generator=rng(70), dtype=torch.float64)
+    guided = DPS(mix, Observation(lambda x: x @ matrix.T, y, 0.1), zeta=zeta, sde=sde, times=times)
+    library = sample(sde, guided, x, times=times, predictor=ancestral, generator=rng(71), trajectory=True)
+
+    alpha_bar = [float(sde.scale(t)) ** 2 for t in times]
+    g = rng(71)
+    for i in range(50):
+        now, before = alpha_bar[i], alpha_bar[i + 1]
+        alpha = now / before
+        x = x.detach().requires_grad_()
+        x0_hat = mix(x / now**0.5, ((1 - now) / now) ** 0.5)
+        distance = torch.stack([(y - x0 @ matrix.T).norm() for x0 in x0_hat])
+        (gradient,) = torch.autograd.grad((distance**2).sum(), x)
+        mean = alpha**0.5 * (1 - before) / (1 - now) * x + before**0.5 * (1 - alpha) / (1 - now) * x0_hat
+        noise = torch.randn(x.shape, generator=g, dtype=torch.float64) if i < 49 else 0
+        x = mean + ((1 - before) / (1 - now) * (1 - alpha)) ** 0.5 * noise - zeta / distance[:, None] * gradient
+        torch.testing.assert_close(library[i + 1], x.detach(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+@pytest.mark.parametrize(("noise", "annealed"), [(0.05, 1.012), (0.5, 1.079)])
+def test_width_against_the_exact_posterior_in_one_dimension(name, noise, annealed):
+    """Prior N(0, 1), y = x + σ_y n. Ancestral steps with log-spaced noise levels, fine enough for the sampler's own error to be below 1 %."""
+    sde, n = SDES[name], 20_000
+    times = [float(sde.time(40 * (0.0101 / 40) ** (i / 600))) for i in range(601)] if name == "vp" else uniform_times(600)
+    times = times if name == "ve" else [*times, 0.0]
+    obs, exact = Observation(identity, torch.tensor([0.5], dtype=torch.float64), noise), noise / math.sqrt(1 + noise**2)
+    error = 4 / math.sqrt(2 * n)
+    for method, expected in ((PiGDM, 1.0), (MMPS, 1.0), (Annealed, annealed)):
+        start = 40 * torch.randn(n, 1, generator=rng(80), dtype=torch.float64) * sde.scale(times[0])
+        x = sample(sde, method(gaussian(), obs), start, times=times, predictor=ancestral, generator=rng(81))
+        assert float(x.std()) / exact == pytest.approx(expected, abs=error + 0.015), method

@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from conftest import SDES, gaussian, rng
+from scipy.stats import chisquare
+
+from sde_utils import (
+    DPS,
+    MMPS,
+    VESDE,
+    Annealed,
+    IsotropicMixture,
+    Observation,
+    PiGDM,
+    ancestral,
+    calibration_ranks,
+    coverage,
+    roll_mass,
+    sample,
+    sliced_wasserstein,
+    total_variation,
+    twisted_smc,
+    weighted_posterior,
+)
+from sde_utils.smc import systematic
+
+
+def identity(x):
+    return x
+
+
+OBS = Observation(identity, torch.tensor([0.5], dtype=torch.float64), 1.0)
+METHODS = {"mmps": MMPS, "annealed": Annealed, "dps": DPS, "pigdm": PiGDM}
+
+
+def start(sde, n, seed, dim=1):
+    return sde.prior((n, dim), dtype=torch.float64, generator=rng(seed))
+
+
+def test_guidance_alone_has_the_wrong_mode_weights(two_modes):
+    """Exact 0.862; known values of the approximations, with 4 standard errors of 8,000 draws and 0.01 for the steps."""
+    sde, n = SDES["ve"], 8000
+    for method, expected in ((MMPS, 0.675), (Annealed, 0.667), (DPS, 0.953)):
+        x = sample(sde, method(two_modes, OBS), start(sde, n, 0), steps=300, predictor=ancestral, generator=rng(1))
+        assert abs(float((x > 0).double().mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / n) + 0.01, method
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_smc_has_the_right_mode_weights_and_evidence(two_modes, name, method):
+    exact = two_modes.posterior(OBS)
+    right = float(exact.weights[1])  # the modes do not overlap
+    assert right == pytest.approx(0.862, abs=5e-4)
+    particles = twisted_smc(SDES[name], METHODS[method](two_modes, OBS), start(SDES[name], 4000, 2), generator=rng(3))
+    weights = particles.log_weights.exp()
+    assert float(weights.sum()) == pytest.approx(1)
+    error = math.sqrt(right * (1 - right) / float(particles.ess.min()))
+    assert abs(float(weights[particles.x[:, 0] > 0].sum()) - right) < 3 * error
+    assert abs(float(particles.log_evidence - exact.log_evidence)) < 0.05
+
+
+def test_error_falls_as_particles_grow_and_the_evidence_is_unbiased(two_modes):
+    exact, sde = two_modes.posterior(OBS), SDES["ve"]
+    errors, ratios = [], []
+    for n in (50, 800):
+        runs = [twisted_smc(sde, MMPS(two_modes, OBS), start(sde, n, 10 + i), steps=60, generator=rng(100 + i)) for i in range(40)]
+        share = torch.stack([r.log_weights.exp()[r.x[:, 0] > 0].sum() for r in runs])
+        errors.append(float((share - exact.weights[1]).square().mean().sqrt()))
+        ratios.append(torch.stack([r.log_evidence - exact.log_evidence for r in runs]).exp())
+    assert errors[1] < errors[0] / 2  # sqrt(16) = 4 if all goes with 1/sqrt(n)
+    assert abs(float(ratios[0].mean()) - 1) < 4 * float(ratios[0].std()) / math.sqrt(40) + 0.01
+
+
+def test_exact_twist_gives_equal_weights():
+    """N(0, 1) and MMPS: the twist is p(y | z) itself, and only the chain's finite steps keep the weights from being equal."""
+    sde = SDES["ve"]
+    particles = twisted_smc(sde, MMPS(gaussian(), OBS), start(sde, 2000, 4), steps=400, generator=rng(5))
+    assert particles.ess.min() > 0.95 * 2000
+
+
+def test_systematic_resampling_keeps_each_share_within_one():
+    log_w = torch.randn(50, generator=rng(6), dtype=torch.float64).log_softmax(0)
+    counts = torch.bincount(systematic(log_w, 1000, rng(7)), minlength=50)
+    assert ((counts - 1000 * log_w.exp()).abs() < 1).all()
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
+    """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior."""
+    wrong, sde = [], SDES[name]
+    for i, (y, noise) in enumerate([(0.2, 0.05), (0.2, 0.03), (-0.2, 0.1), (0.5, 0.1), (-1.0, 0.1), (0.0, 0.3), (1.0, 0.3), (-0.5, 0.03)]):
+        obs = Observation(lambda x: x[:, 0] * x[:, 1], y, noise)
+        x, log_w, evidence = weighted_posterior(roll, obs, 200_000, rng(8))
+        particles = twisted_smc(sde, MMPS(learned, obs), sde.prior((4000, 2), generator=rng(9 + i)), generator=rng(20 + i))
+        wrong.append(float(total_variation(roll_mass(particles.x, particles.log_weights.exp()).double(), roll_mass(x, log_w.exp()))))
+        gap = float(particles.log_evidence - evidence)
+        print(f"{name} y = {y}, σ_y = {noise}: mass in the wrong piece {wrong[-1]:.3f}, log-evidence {gap:+.3f}")
+        assert abs(gap) < 0.1
+    assert sum(wrong) / len(wrong) <= 0.05
+    assert max(wrong) <= 0.08
+
+
+def mixture_problem(d, m, seed):
+    """25 unit Gaussians on a grid of spacing 8 in two coordinates, tiled; random weights; A with m random singular values in (0, 1)."""
+    g, axis = rng(seed), torch.tensor([-16.0, -8.0, 0.0, 8.0, 16.0], dtype=torch.float64)
+    means = torch.cartesian_prod(axis, axis).repeat(1, d // 2)
+    mix = IsotropicMixture(means, 1.0, torch.rand(25, generator=g, dtype=torch.float64))
+    left = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(d, m, generator=g, dtype=torch.float64))[0]
+    matrix = left @ torch.diag(torch.rand(m, generator=g, dtype=torch.float64)) @ right.T
+    noise = max(0.1, float(torch.rand((), generator=g)))
+    y = mix.sample(1, g)[0] @ matrix.T + noise * torch.randn(m, generator=g, dtype=torch.float64)
+    return mix, Observation(lambda x: x @ matrix.T, y, noise)
+
+
+def test_mixtures_in_eight_and_eighty_dimensions():
+    """Sliced Wasserstein to exact draws in units of two exact sets, over a few problems; σ(1) well above the mixture's size."""
+    for d, m in ((8, 1), (8, 4), (80, 2)):
+        far, unit, sde, g = [], [], VESDE(0.01, 2000.0), rng(50)
+        for seed in range(3):
+            mix, obs = mixture_problem(d, m, seed)
+            exact = mix.posterior(obs)
+            particles = twisted_smc(sde, MMPS(mix, obs), start(sde, 2000, seed, d), generator=g)
+            a, b, c = (exact.sample(2000, g) for _ in range(3))
+            far.append(float(sliced_wasserstein(particles.resample(2000, g), a, 300, g)))
+            unit.append(float(sliced_wasserstein(b, c, 300, g)))
+        print(f"d = {d}, {m} observed: {sum(far) / sum(unit):.2f} times exact against exact")
+        assert sum(far) < 3 * sum(unit)
+
+
+def test_calibration_tells_smc_from_dps(two_modes):
+    """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square, 10 bins; p below 1e-4 is a rejection)."""
+    n, draws, sde, g = 300, 19, SDES["ve"], rng(40)
+    truth = two_modes.sample(n, g)
+    y = truth + torch.randn(n, 1, generator=g, dtype=torch.float64)
+    guide = [MMPS(two_modes, Observation(identity, yi, 1.0)) for yi in y]
+    smc = [
+        twisted_smc(
+            sde, MMPS(two_modes, Observation(identity, yi, 1.0)), sde.prior((200, 1), dtype=torch.float64, generator=g), steps=40, generator=g
+        ).resample(draws, g)[:, 0]
+        for one in guide
+    ]
+    every = Observation(identity, y.repeat_interleave(draws, dim=0), 1.0)
+    dps = sample(sde, DPS(two_modes, every), sde.prior((n * draws, 1), dtype=torch.float64, generator=g), predictor=ancestral, generator=g)
+    p, covered = {}, {}
+    for name, x in (("smc", torch.stack(smc)), ("dps", dps.reshape(n, draws))):
+        counts = torch.bincount(calibration_ranks(truth[:, 0], x) // 2, minlength=10)
+        p[name], covered[name] = chisquare(counts).pvalue, float(coverage(truth[:, 0], x))
+    assert p["smc"] > 1e-3
+    assert p["dps"] < 1e-4
+    assert covered["dps"] < covered["smc"]
+    with pytest.raises(ValueError, match="truth"):
+        calibration_ranks(truth, x)
+    with pytest.raises(ValueError, match="level"):
+        coverage(truth[:, 0], x, 1.0)
+
+
+def test_bad_input_is_refused(two_modes):
+    sde, x = VESDE(), torch.zeros(5, 1, dtype=torch.float64)
+    guided = MMPS(two_modes, OBS)
+    with pytest.raises(TypeError, match="guided"):
+        twisted_smc(sde, two_modes, x)
+    for changes, name in [({"steps": 0}, "steps"), ({"times": [0.5, 0.2]}, "end at 0"), ({"times": [0.2, 0.5]}, "decrease")]:
+        with pytest.raises(ValueError, match=name):
+            twisted_smc(sde, guided, x, **changes)
+    for name in ("resample_below", "last_step"):
+        with pytest.raises(ValueError, match=name):
+            twisted_smc(sde, guided, x, **{name: 0.0})
+    with pytest.raises(ValueError, match="finite"):
+        twisted_smc(sde, guided, x * math.nan)
+    with pytest.raises(ValueError, match="y must have shape"):
+        twisted_smc(sde, MMPS(two_modes, Observation(identity, torch.zeros(3), 1.0)), x)
+    atoms = IsotropicMixture(torch.tensor([[-2.0], [2.0]], dtype=torch.float64), 0.0)
+    with pytest.raises(FloatingPointError, match="impossible"):
+        twisted_smc(sde, MMPS(atoms, Observation(identity, torch.tensor([1e160], dtype=torch.float64), 1e-3)), start(sde, 50, 30))
+    particles = twisted_smc(sde, guided, start(sde, 50, 31), steps=5)
+    assert particles.resample(7, rng(0)).shape == (7, 1)
+    with pytest.raises(ValueError, match="n must be"):
+        particles.resample(0)
