@@ -133,15 +133,14 @@ def test_calibration_tells_smc_from_dps(two_modes):
     """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square, 10 bins; p below 1e-4 is a rejection)."""
     n, draws, sde, g = 300, 19, SDES["ve"], rng(40)
     truth = two_modes.sample(n, g)
-    y = truth + torch.randn(n, 1, generator=g, dtype=torch.float64)
-    guide = [MMPS(two_modes, Observation(identity, yi, 1.0)) for yi in y]
-    smc = [
-        twisted_smc(
-            sde, MMPS(two_modes, Observation(identity, yi, 1.0)), sde.prior((200, 1), dtype=torch.float64, generator=g), steps=40, generator=g
-        ).resample(draws, g)[:, 0]
-        for one in guide
-    ]
-    every = Observation(identity, y.repeat_interleave(draws, dim=0), 1.0)
+    noise = 0.2
+    y = truth + noise * torch.randn(n, 1, generator=g, dtype=torch.float64)
+    guide = [MMPS(two_modes, Observation(identity, yi, noise)) for yi in y]
+    smc = []
+    for one in guide:
+        particles = twisted_smc(sde, one, sde.prior((200, 1), dtype=torch.float64, generator=g), steps=40, generator=g)
+        smc.append(particles.resample(draws, g)[:, 0])
+    every = Observation(identity, y.repeat_interleave(draws, dim=0), noise)
     dps = sample(sde, DPS(two_modes, every), sde.prior((n * draws, 1), dtype=torch.float64, generator=g), predictor=ancestral, generator=g)
     p, covered = {}, {}
     for name, x in (("smc", torch.stack(smc)), ("dps", dps.reshape(n, draws))):
