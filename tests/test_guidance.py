@@ -274,3 +274,54 @@ def test_width_against_the_exact_posterior_in_one_dimension(name, noise, anneale
         start = 40 * torch.randn(n, 1, generator=rng(80), dtype=torch.float64) * sde.scale(times[0])
         x = sample(sde, method(gaussian(), obs), start, times=times, predictor=ancestral, generator=rng(81))
         assert float(x.std()) / exact == pytest.approx(expected, abs=error + 0.015), method
+
+
+def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
+    import statistics
+    import time
+
+    sde, ratios = SDES["ve"], []
+    x, guided = sde.prior((20_000, 2), generator=rng(90)), DPS(learned, Observation(product, 0.2, 0.1))
+    for _ in range(9):
+        began = time.perf_counter()
+        for _ in range(5):
+            with torch.no_grad():
+                ancestral(sde, guided, x, 0.6, 0.5, rng(91))
+        middle = time.perf_counter()
+        for _ in range(5):
+            z = x.clone().requires_grad_()
+            x0_hat = learned(z, sde.sigma(0.6))
+            torch.autograd.grad(x0_hat, z, x)
+        ratios.append((middle - began) / (time.perf_counter() - middle))
+    print(f"step of DPS / forward and backward: {statistics.median(ratios):.3f}")
+    assert statistics.median(ratios) < 1.15
+
+
+def test_memory_of_guided_sampling_does_not_grow_with_steps(two_modes):
+    import weakref
+
+    for method in (DPS, MMPS):
+        seen, alive = [], []
+
+        def watching(z, sigma, seen=seen, alive=alive):
+            seen.append(weakref.ref(z))
+            alive.append(sum(ref() is not None for ref in seen))
+            return two_modes(z, sigma)
+
+        guided = method(watching, Observation(identity, torch.tensor([0.5], dtype=torch.float64), 1.0))
+        sample(SDES["ve"], guided, torch.zeros(10, 1, dtype=torch.float64), steps=200)
+        assert max(alive) <= 2
+
+
+@pytest.mark.parametrize("method", [Annealed, DPS, MMPS])
+def test_ve_and_vp_give_the_same_posterior(two_modes, method):
+    """The same noise levels and noise: the same samples after rescaling, to rounding."""
+    guided = method(two_modes, Observation(identity, torch.tensor([0.5], dtype=torch.float64), 1.0))
+    levels, ends = [40 * (0.02 / 40) ** (i / 50) for i in range(51)], []
+    z = 40 * torch.randn(200, 1, generator=rng(92), dtype=torch.float64)
+    for sde in SDES.values():
+        times = [float(sde.time(level)) for level in levels]
+        x = sample(sde, guided, z * sde.scale(times[0]), times=times, predictor=ancestral, generator=rng(93))
+        ends.append(x / sde.scale(times[-1]))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-6, atol=1e-6)
