@@ -1,6 +1,8 @@
-"""What every public function asks of its arguments, and how noise is drawn. Errors name the argument, what it was, what was expected."""
+"""What every public function asks of its arguments, how noise is drawn, one solver. Errors name the argument, what it was, what was expected."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,3 +57,18 @@ def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal noise like `x`, drawn where the generator lives."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def conjugate_gradient(apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """Solve S u = b for each row of b, (B, m), S symmetric positive definite, given u -> S u on all rows; a solved row stays where it is."""
+    u, r = torch.zeros_like(b), b
+    p, rr = r, (r * r).sum(1, keepdim=True)
+    start = rr
+    for _ in range(iterations):
+        done = rr <= torch.finfo(b.dtype).eps ** 2 * start
+        sp = apply(p)
+        alpha = torch.where(done, 0, rr / (p * sp).sum(1, keepdim=True))
+        u, r = u + alpha * p, r - alpha * sp
+        new = (r * r).sum(1, keepdim=True)
+        p, rr = r + torch.where(done, 0, new / rr) * p, new
+    return u

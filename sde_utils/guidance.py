@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_batch, check_count, check_positive, expand, holds
+from ._checks import check_batch, check_count, check_positive, conjugate_gradient, expand, holds
 from .sde import SDE, Denoise
 
 
@@ -89,8 +89,10 @@ class _Guided:
         if not isinstance(self.obs, Observation):
             raise TypeError(f"obs must be an Observation, got {type(self.obs).__name__}")
 
-    def evaluate(self, z: Tensor, sigma: float | Tensor, log: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-        """D(z, σ) and the shift σ² ∇ log p(y | z), both (B, *dims), and log p(y | z), (B,), or None unless `log`; one network call."""
+    def evaluate(self, z: Tensor, sigma: float | Tensor, log: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+        """By one network call: D(z, σ) and the shift σ² ∇ log p(y | z), both (B, *dims); log p(y | z), (B,), or None unless `log`; and
+        the function u -> Jᵀ u, J = ∂D/∂z, by one vector-Jacobian product a call.
+        """
         check_batch(z, "z")
         level = expand(sigma, z, "sigma")
         with torch.enable_grad():
@@ -103,6 +105,7 @@ class _Guided:
             x0_hat.detach(),
             shift.detach() * expand((bound / length).clamp(max=1), z).detach(),
             None if log_likelihood is None else log_likelihood.detach(),
+            lambda u: torch.autograd.grad(x0_hat, z, u, retain_graph=True)[0],
         )
 
     def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +116,7 @@ class _Guided:
 
     def __call__(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         """E[x_0 | z, y], approximately. z: (B, *dims); sigma: float, scalar tensor or (B,). Returns (B, *dims)."""
-        x0_hat, shift, _ = self.evaluate(z, sigma, log=False)
+        x0_hat, shift, _, _ = self.evaluate(z, sigma, log=False)
         return x0_hat + shift
 
     def log_likelihood(self, z: Tensor, sigma: float | Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class Annealed(_Guided):
 
     def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor]:
         log_likelihood = self.obs.log_likelihood(x0_hat, self._variance(level))
-        (gradient,) = torch.autograd.grad(log_likelihood.sum(), z)
+        (gradient,) = torch.autograd.grad(log_likelihood.sum(), z, retain_graph=True)
         return level**2 * gradient, log_likelihood
 
 
@@ -177,7 +180,7 @@ class DPS(Annealed):
         r_s = 1.0 if clean else self.sde.scale(s)
         step = self.zeta / (self.sde.scale(t) * r_s * (1 - ratio))  # undone by z_s = q z + (1 - q) D_y, x_s = r_s z_s
         norm = self.obs.residual(x0_hat).reshape(len(z), -1).norm(dim=1)
-        (gradient,) = torch.autograd.grad(norm.sum(), z)  # ∇|r|² / |r| = 2 ∇|r|
+        (gradient,) = torch.autograd.grad(norm.sum(), z, retain_graph=True)  # ∇|r|² / |r| = 2 ∇|r|
         return -2 * expand(step, z) * gradient, self.obs.log_likelihood(x0_hat) if log else None
 
 
@@ -201,7 +204,7 @@ class PiGDM(_Guided):
         noise, rho = self.obs.noise_std**2, level.reshape(-1, 1) ** 2 * self.variance / (level.reshape(-1, 1) ** 2 + self.variance)
         residual = self.obs.residual(x0_hat.detach()).reshape(len(z), -1)  # (B, m)
         e, total = residual @ u, noise + rho * s**2
-        (product,) = torch.autograd.grad(x0_hat, z, ((e * s / total) @ vh).reshape(z.shape))
+        (product,) = torch.autograd.grad(x0_hat, z, ((e * s / total) @ vh).reshape(z.shape), retain_graph=True)
         outside, rest = ((residual**2).sum(1) - (e**2).sum(1)) / noise, residual.shape[1] - len(s)
         log_det = total.log().sum(1) + rest * math.log(noise) + residual.shape[1] * math.log(2 * math.pi)
         return level**2 * product, -((e**2 / total).sum(1) + outside + log_det) / 2
@@ -275,18 +278,3 @@ class MMPS(_Guided):
 
         weights = conjugate_gradient(apply, residual.detach(), self.iterations)
         return level**2 * pull(weights)[1], None
-
-
-def conjugate_gradient(apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Solve S u = b for each row of b, (B, m), S symmetric positive definite, given u -> S u on all rows; a solved row stays where it is."""
-    u, r = torch.zeros_like(b), b
-    p, rr = r, (r * r).sum(1, keepdim=True)
-    start = rr
-    for _ in range(iterations):
-        done = rr <= torch.finfo(b.dtype).eps ** 2 * start
-        sp = apply(p)
-        alpha = torch.where(done, 0, rr / (p * sp).sum(1, keepdim=True))
-        u, r = u + alpha * p, r - alpha * sp
-        new = (r * r).sum(1, keepdim=True)
-        p, rr = r + torch.where(done, 0, new / rr) * p, new
-    return u

@@ -60,3 +60,24 @@ def coverage(truth: Tensor, draws: Tensor, level: float = 0.9) -> Tensor:
 def _check_problems(truth: Tensor, draws: Tensor) -> None:
     if truth.ndim != 1 or draws.ndim != 2 or len(truth) != len(draws):
         raise ValueError(f"truth must be (N,) and draws (N, L), got {tuple(truth.shape)} and {tuple(draws.shape)}")
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
+    r"""`|μ_x - μ_y|² + tr(C_x + C_y - 2 (C_x C_y)^{1/2})`, the squared Wasserstein-2 distance of two Gaussians with the moments of x and y.
+
+    x: (n, d), y: (m, d), features of samples; n, m > 1. Returns a scalar tensor, float64. It grows by about tr(C)/n for finite n.
+    Source: Dowson & Landau 1982, J. Multivariate Anal. 12, eq. 4; for images Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    check_batch(x)
+    check_batch(y, "y")
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"x and y must be (n, d) and (m, d) with n, m > 1, got {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = x.double(), y.double()
+    cx, cy = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(x.shape[1], -1)
+    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()  # eigenvalues of a product of two positive matrices are positive
+    return (x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root
+
+
+def psnr(x: Tensor, truth: Tensor, peak: float = 2.0) -> Tensor:
+    """`10 log10(peak² / mean |x - truth|²)` in dB for each sample; peak 2 is that of images in [-1, 1]. (B, *dims), or broadcast. (B,)."""
+    return 10 * torch.log10(peak**2 / (x - truth).square().flatten(1).mean(1))

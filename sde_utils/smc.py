@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,19 +53,23 @@ def twisted_smc(
     last_step: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Particles:
-    r"""Particles for p(x_0 | y): propose by the guided ancestral step, weigh by what the unguided one would have done.
+    r"""Particles for p(x_0 | y): propose by a guided step, weigh by what the unguided one would have done.
 
-    With `q = (σ_s/σ_t)²`, `v = σ_s² (1 - q)` and p̃ the method's p(y | z), a step t -> s draws `z_s ~ N(q z_t + (1 - q) D_y, v I)` and
-    multiplies the weight by `N(z_s; q z_t + (1 - q) D, v I) p̃(y | z_s) / [N(z_s; q z_t + (1 - q) D_y, v I) p̃(y | z_t)]`. The last step is
-    `sample`'s, unguided, `x_0 = z + w (D - z)`; its weight is `p(y | x_0) / p̃(y | z)`. Weights are kept in float64 (on the CPU for MPS)
+    Given z at σ_t, the reverse process has at σ_s the mean `m = q z + (1 - q) D` and the covariance `ν² I + (1 - q)² σ_t² J`, with
+    `q = (σ_s/σ_t)²`, `ν² = σ_s² (1 - q)` and J = ∂D/∂z; ancestral sampling keeps the first term only. A step draws `z_s = m + L (n + a)`,
+    n ~ N(0, I), with `L = ν I + β J`, `β = sqrt(ν² + (1 - q)² σ_t²) - ν`, so that L² is right at J = 0 and I, and `a = (1 - q) (D_y - D) / ν`.
+    Its weight is `p̃(y | z_s) / p̃(y | z_t) exp(-a·n - |a|²/2)`, p̃ the method's p(y | z). The last step is `sample`'s, unguided,
+    `x_0 = z + w (D - z)`; its weight is `p(y | x_0) / p̃(y | z)`. Weights are kept in float64 (on the CPU for MPS)
     and particles resampled where the effective sample size falls below `resample_below` n. A learned denoiser's twist is left out at
     σ > 10 `sigma_data`: z says next to nothing about x_0 there, and σ² times a small error of its Jacobian says much that is wrong.
+    Each step costs one network call, the guidance's vector-Jacobian products and one more; a resampling costs one more evaluation.
 
     Args: guided: Annealed, DPS, PiGDM or MMPS. x: (n, *dims), as from `sde.prior`; σ(1) has to exceed the size of the data, at any scale.
     times: decreasing to 0; if None `karras_times` from σ(1) down.
-    The evidence is unbiased, and as n grows the draws become exact, up to the ancestral chain's own steps and the denoiser's error.
+    The evidence is unbiased, and as n grows the draws become exact, up to the chain's own steps and the denoiser's error.
     Raises `ValueError`/`TypeError` before any work for bad arguments; `FloatingPointError` if all weights vanish: y is impossible under the
-    prior, or beyond the reach of these particles. Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1.
+    prior, or beyond the reach of these particles. Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1; the covariance is that of
+    Bao et al. 2022 (arXiv 2206.07309), theorem 1, in Tweedie's form, Cov[x_0 | z] = σ² J; its root L is ours.
     """
     check_batch(x)
     if not isinstance(guided, _Guided):
@@ -79,29 +83,30 @@ def twisted_smc(
     n, z = len(x), x / expand(sde.scale(inner[0]), x)
     informed = 10 * getattr(guided.denoiser, "sigma_data", math.inf)
 
-    def look(z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        x0_hat, shift, log_twist = guided.evaluate(z, sde.sigma(t).to(z))
-        return (x0_hat, shift, log_twist) if sde.sigma(t) <= informed else (x0_hat, shift * 0, log_twist * 0)
+    def look(z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        x0_hat, shift, log_twist, pull = guided.evaluate(z, sde.sigma(t).to(z))
+        known = float(sde.sigma(t) <= informed)
+        return x0_hat, shift * known, log_twist.to(place, torch.float64) * known, pull
 
-    x0_hat, shift, log_twist = look(z, inner[0])
-    log_weights, log_evidence, ess = log_twist.to(place, torch.float64), torch.zeros((), dtype=torch.float64, device=place), []
+    x0_hat, shift, log_twist, pull = look(z, inner[0])
+    log_weights, log_evidence, ess = log_twist, torch.zeros((), dtype=torch.float64, device=place), []
     for t, s in pairwise(inner):
         ess.append(_effective(log_weights))
         if ess[-1] < resample_below * n:
             log_evidence = log_evidence + log_weights.logsumexp(0) - math.log(n)
-            index = systematic(log_weights, n, generator).to(z.device)
-            z, x0_hat, shift, log_twist = (a[index] for a in (z, x0_hat, shift, log_twist))
+            z = z[systematic(log_weights, n, generator).to(z.device)]
+            x0_hat, shift, log_twist, pull = look(z, t)
             log_weights = torch.zeros_like(log_weights)
-        ratio = (sde.sigma(s) / sde.sigma(t)) ** 2
-        sd, keep, noise = expand(sde.sigma(s) * (1 - ratio).sqrt(), z), expand(ratio, z), randn_like(z, generator)
-        move = (1 - keep) * shift / sd  # the proposal's mean less the prior's, in units of sd
-        z = keep * z + (1 - keep) * (x0_hat + shift) + sd * noise
-        kernels = -(move * (move / 2 + noise)).flatten(1).to(place, torch.float64).sum(1)
-        before = log_twist
-        x0_hat, shift, log_twist = look(z, s)
-        log_weights = log_weights + kernels + (log_twist.to(place, torch.float64) - before.to(place, torch.float64))
+        q = expand((sde.sigma(s) / sde.sigma(t)) ** 2, z)
+        sd = expand(sde.sigma(s), z) * (1 - q).sqrt()
+        beta = (sd**2 + ((1 - q) * expand(sde.sigma(t), z)) ** 2).sqrt() - sd
+        noise, move = randn_like(z, generator), (1 - q) * shift / sd
+        z = q * z + (1 - q) * x0_hat + sd * (noise + move) + beta * pull(noise + move)
+        log_weights = log_weights - (move * (move / 2 + noise)).flatten(1).to(place, torch.float64).sum(1) - log_twist
+        x0_hat, shift, log_twist, pull = look(z, s)
+        log_weights = log_weights + log_twist
     x0 = z + last_step * (x0_hat - z)
-    log_weights = log_weights + guided.obs.log_likelihood(x0).to(place, torch.float64) - log_twist.to(place, torch.float64)
+    log_weights = log_weights + guided.obs.log_likelihood(x0).to(place, torch.float64) - log_twist
     ess.append(_effective(log_weights))
     log_evidence = log_evidence + log_weights.logsumexp(0) - math.log(n)
     return Particles(x0, log_weights.log_softmax(0).to(x.device), torch.stack(ess), log_evidence)

@@ -16,8 +16,10 @@ from .sde import Denoise
 SigmaSampler = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) -> (n,) noise levels
 
 
-def dsm_loss(denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""`mean over dims of |ε̂ - ε|²` with `z = x_0 + σ ε` and `ε̂ = (z - D(z, σ)) / σ`. x0: (B, *dims). Returns (B,).
+def dsm_loss(
+    denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+) -> Tensor:
+    r"""`mean over dims of |ε̂ - ε|²` with `z = x_0 + σ ε` and `ε̂ = (z - D(z, σ)) / σ`. x0: (B, *dims). Returns (B,). noise: ε, drawn if None.
 
     Its expectation over ε and x_0 is `mean |ε̂ - ε*|² + const`, least for the exact score. `ValueError` unless σ > 0.
     Source: Vincent 2011; Song et al. 2021, eq. 7, with weight λ(t) = (r σ)².
@@ -26,7 +28,7 @@ def dsm_loss(denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: to
     level = expand(sigma, x0, "sigma")
     if not holds((level > 0).all()):
         raise ValueError("sigma must be positive")
-    noise = randn_like(x0, generator)
+    noise = randn_like(x0, generator) if noise is None else noise
     z = x0 + level * noise
     eps_hat = (z - denoiser(z, level.flatten() if level.ndim else level)) / level
     return ((eps_hat - noise) ** 2).flatten(1).mean(1)
@@ -40,13 +42,29 @@ def log_uniform(low: float, high: float) -> SigmaSampler:
     check_positive(low=low, high=high)
     if low >= high:
         raise ValueError(f"low must be below high, got {low} and {high}")
+    return lambda n, generator=None: low * (high / low) ** _stratified(n, generator)
+
+
+def log_normal(mean: float, sd: float, low: float, high: float, wide: float = 0.1) -> SigmaSampler:
+    """ln σ ~ N(mean, sd²) clipped to [ln low, ln high], stratified; a share `wide` is uniform in ln σ over the whole range instead, so that
+    no level the samplers visit is unknown to the network. `ValueError` unless 0 < low < high. Source: Karras et al. 2022, table 1 and section 5.
+    """
+    check_positive(sd=sd)
+    uniform = log_uniform(low, high)
 
     def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:
-        device = "cpu" if generator is None else generator.device
-        cells = torch.randperm(n, generator=generator, device=device) + torch.rand(n, generator=generator, device=device)
-        return low * (high / low) ** (cells / n)
+        count = round(wide * n)
+        normal = torch.special.ndtri(_stratified(n - count, generator).clamp(1e-6, 1 - 1e-6))
+        sigma = torch.cat([(mean + sd * normal).exp().clamp(low, high), uniform(count, generator)])
+        return sigma[torch.randperm(n, generator=generator, device=sigma.device)]
 
     return sampler
+
+
+def _stratified(n: int, generator: torch.Generator | None) -> Tensor:
+    """n numbers in [0, 1], one drawn in each of n equal cells, in random order."""
+    device = "cpu" if generator is None else generator.device
+    return (torch.randperm(n, generator=generator, device=device) + torch.rand(n, generator=generator, device=device)) / n
 
 
 def train(

@@ -16,6 +16,7 @@ from sde_utils import (
     ancestral,
     calibration_ranks,
     coverage,
+    karras_times,
     roll_mass,
     sample,
     sliced_wasserstein,
@@ -87,18 +88,22 @@ def test_systematic_resampling_keeps_each_share_within_one():
 
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
-    """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior."""
-    wrong, sde = [], SDES[name]
+    """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior.
+
+    One run's log-evidence has a standard error of 0.03 to 0.045: 0.15 is more than 3 of them, and 0.06 bounds the root mean square of eight.
+    """
+    wrong, gaps, sde = [], [], SDES[name]
     for i, (y, noise) in enumerate([(0.2, 0.05), (0.2, 0.03), (-0.2, 0.1), (0.5, 0.1), (-1.0, 0.1), (0.0, 0.3), (1.0, 0.3), (-0.5, 0.03)]):
         obs = Observation(lambda x: x[:, 0] * x[:, 1], y, noise)
         x, log_w, evidence = weighted_posterior(roll, obs, 200_000, rng(8))
         particles = twisted_smc(sde, MMPS(learned, obs), sde.prior((4000, 2), generator=rng(9 + i)), generator=rng(20 + i))
         wrong.append(float(total_variation(roll_mass(particles.x, particles.log_weights.exp()).double(), roll_mass(x, log_w.exp()))))
-        gap = float(particles.log_evidence - evidence)
-        print(f"{name} y = {y}, σ_y = {noise}: mass in the wrong piece {wrong[-1]:.3f}, log-evidence {gap:+.3f}")
-        assert abs(gap) < 0.1
+        gaps.append(float(particles.log_evidence - evidence))
+        print(f"{name} y = {y}, σ_y = {noise}: mass in the wrong piece {wrong[-1]:.3f}, log-evidence {gaps[-1]:+.3f}")
     assert sum(wrong) / len(wrong) <= 0.05
     assert max(wrong) <= 0.08
+    assert max(abs(gap) for gap in gaps) < 0.15
+    assert math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) < 0.06
 
 
 def mixture_problem(d, m, seed):
@@ -114,19 +119,32 @@ def mixture_problem(d, m, seed):
     return mix, Observation(lambda x: x @ matrix.T, y, noise)
 
 
-def test_mixtures_in_eight_and_eighty_dimensions():
-    """Sliced Wasserstein to exact draws in units of two exact sets, over a few problems; σ(1) well above the mixture's size."""
-    for d, m in ((8, 1), (8, 4), (80, 2)):
-        far, unit, sde, g = [], [], VESDE(0.01, 2000.0), rng(50)
-        for seed in range(3):
-            mix, obs = mixture_problem(d, m, seed)
-            exact = mix.posterior(obs)
-            particles = twisted_smc(sde, MMPS(mix, obs), start(sde, 2000, seed, d), generator=g)
-            a, b, c = (exact.sample(2000, g) for _ in range(3))
-            far.append(float(sliced_wasserstein(particles.resample(2000, g), a, 300, g)))
-            unit.append(float(sliced_wasserstein(b, c, 300, g)))
-        print(f"d = {d}, {m} observed: {sum(far) / sum(unit):.2f} times exact against exact")
-        assert sum(far) < 3 * sum(unit)
+@pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 4), (800, 1)])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_mixtures(d, m, problems):
+    """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets; σ(1) well above the mixture's size."""
+    far, unit, sde, g = [], [], VESDE(0.01, 2000.0), rng(50)
+    for seed in range(problems):
+        mix, obs = mixture_problem(d, m, seed)
+        exact = mix.posterior(obs)
+        particles = twisted_smc(sde, MMPS(mix, obs), start(sde, 2000, seed, d), generator=g)
+        a, b, c = (exact.sample(2000, g) for _ in range(3))
+        far.append(float(sliced_wasserstein(particles.resample(2000, g), a, 300, g)))
+        unit.append(float(sliced_wasserstein(b, c, 300, g)))
+    print(f"d = {d}, {m} observed: {sum(far) / sum(unit):.2f} times exact against exact")
+    assert sum(far) < 2 * sum(unit)
+
+
+def test_steps_have_the_reverse_process_covariance():
+    """Prior N(0, 4), y nearly uninformative, 40 steps: the draws' variance within 2 % and 3 standard errors; ancestral steps lack 19 %."""
+    sde, n, prior = VESDE(), 20_000, gaussian(variance=4.0)
+    obs = Observation(identity, torch.zeros(1, dtype=torch.float64), 1000.0)
+    x = twisted_smc(sde, MMPS(prior, obs), start(sde, n, 60), steps=40, generator=rng(61)).resample(n, rng(62))
+    plain = sample(sde, prior, start(sde, n, 60), times=karras_times(sde, 40, sigma_max=50.0), predictor=ancestral, generator=rng(61))
+    error = math.sqrt(2 / n)
+    print(f"variance {float(x.var()) / 4:.4f} of exact, ancestral {float(plain.var()) / 4:.4f}, standard error {error:.4f}")
+    assert abs(float(x.var()) / 4 - 1) < 0.02 + 3 * error
+    assert float(plain.var()) / 4 < 0.85
 
 
 def test_calibration_tells_smc_from_dps(two_modes):
