@@ -272,8 +272,11 @@ class MMPS(_Guided):
             log_likelihood = -((e**2 / total).sum(1) + total.log().sum(1) + m * math.log(2 * math.pi)) / 2
             return level**2 * (weights[:, None] @ g)[:, 0].reshape(z.shape), log_likelihood
 
+        zero = torch.zeros_like(residual).requires_grad_()
+        (linear,) = torch.autograd.grad(residual, point, -zero, create_graph=True)  # Hᵀ u, linear in u: its derivative is H
+
         def apply(u: Tensor) -> Tensor:
-            push = torch.func.jvp(lambda x: self.obs.operator(x).reshape(len(z), -1), (point.detach(),), (pull(u)[1],))[1]
+            (push,) = torch.autograd.grad(linear, zero, pull(u)[1], retain_graph=True)
             return (noise + (q**2).mean(1)) * u + square * push
 
         weights = conjugate_gradient(apply, residual.detach(), self.iterations)

@@ -109,3 +109,28 @@ def draw_mass(ax: Axes, masses: dict[str, Tensor], label: str = "parameter of th
         ax.stairs(mass.cpu(), edges, label=name, color=[BLACK, BLUE, ORANGE, GREEN, RED, PURPLE][i], linestyle=styles[i % 4], linewidth=1.8)
     ax.set(xlabel=label, ylabel="share of samples", xlim=(0, 1))
     ax.legend()
+
+
+def draw_images(ax: Axes, x: Tensor, columns: int, **options: object) -> None:
+    """Images (B, 1, H, W) in [-1, 1] as a grid, row by row, a light line between them; white is ink."""
+    rows = -(-len(x) // columns)
+    x = torch.nn.functional.pad(x[:, 0].detach().cpu(), (1, 1, 1, 1), value=1.0)  # (B, H + 2, W + 2)
+    x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])]).reshape(rows, columns, *x.shape[1:])
+    ax.imshow(x.movedim(1, 2).reshape(rows * x.shape[2], -1), **{"vmin": -1, "vmax": 1, "cmap": "gray", "interpolation": "nearest"} | options)
+    ax.set_axis_off()
+
+
+def posterior_figure(truth: Tensor, baseline: Tensor, results: dict[str, Tensor], draws: int = 4) -> Figure:
+    """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W)."""
+    titles = ["truth", "baseline", *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
+    figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25))
+    for row, (name, x) in zip(axes, results.items(), strict=True):
+        mean = x.mean(0, keepdim=True)
+        for ax, image in zip(row, [truth, baseline, *x[:draws].split(1), mean], strict=False):
+            draw_images(ax, image, 1)
+        for ax, image in zip(row[-2:], (x.std(0, keepdim=True), (mean - truth).abs()), strict=True):
+            draw_images(ax, image, 1, vmin=0, vmax=1, cmap="cividis")
+        row[0].text(-0.15, 0.5, name, rotation=90, ha="right", va="center", transform=row[0].transAxes, fontsize=8)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8)
+    return figure

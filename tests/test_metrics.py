@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from conftest import rng
+from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance
 
-from sde_utils import roll_mass, sliced_wasserstein, swiss_roll_curve, total_variation
+from sde_utils import frechet_distance, psnr, roll_mass, sliced_wasserstein, swiss_roll_curve, total_variation
 
 
 def test_sliced_wasserstein_against_scipy_along_each_direction():
@@ -29,8 +31,27 @@ def test_roll_mass_of_points_on_the_curve_and_its_weights():
     assert float(total_variation(mass, weighted)) == pytest.approx(0.35)
 
 
+def test_frechet_distance_against_scipy_and_in_closed_form():
+    x, y = torch.randn(400, 5, generator=rng(0)) @ torch.randn(5, 5, generator=rng(1)), torch.randn(300, 5, generator=rng(2)) + 0.5
+    cx, cy = np.cov(x.double().numpy().T), np.cov(y.double().numpy().T)
+    expected = (x.mean(0) - y.mean(0)).square().sum() + np.trace(cx + cy - 2 * sqrtm(cx @ cy).real)
+    assert float(frechet_distance(x, y)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(frechet_distance(x, x)) == pytest.approx(0, abs=1e-6)
+    assert float(frechet_distance(x[:, :1], 2 * x[:, :1])) == pytest.approx(
+        float(x[:, 0].double().mean() ** 2 + x[:, 0].double().var()), rel=1e-5
+    )
+
+
+def test_psnr():
+    x = torch.zeros(3, 1, 4, 4)
+    assert psnr(x + torch.tensor([0.2, 0.02, 2.0])[:, None, None, None], x).tolist() == pytest.approx([20, 40, 0], abs=1e-4)
+
+
 def test_bad_input_is_refused():
     x = torch.zeros(4, 2)
+    for y in (torch.zeros(4, 3), torch.zeros(1, 2), torch.zeros(4, 2, 1)):
+        with pytest.raises(ValueError, match="must be"):
+            frechet_distance(x, y)
     with pytest.raises(ValueError, match="same shape"):
         sliced_wasserstein(x, torch.zeros(5, 2))
     with pytest.raises(ValueError, match="projections"):
