@@ -3,7 +3,7 @@
 from .data import mnist, swiss_roll, swiss_roll_curve, swiss_roll_parameter, swiss_roll_scaling
 from .exact import GaussianMixture, IsotropicMixture, grid_posterior, swiss_roll_density, weighted_posterior
 from .guidance import DPS, MMPS, Annealed, Observation, PiGDM
-from .metrics import calibration_ranks, coverage, frechet_distance, psnr, roll_mass, sliced_wasserstein, total_variation
+from .metrics import calibration_ranks, central_interval, coverage, frechet_distance, psnr, roll_mass, sliced_wasserstein, total_variation
 from .networks import MLP, Denoiser, UNet, load_denoiser, load_pretrained, save_denoiser
 from .sampling import (
     Langevin,
@@ -40,6 +40,7 @@ __all__ = [
     "UNet",
     "ancestral",
     "calibration_ranks",
+    "central_interval",
     "coverage",
     "dsm_loss",
     "euler",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,12 +50,26 @@ def calibration_ranks(truth: Tensor, draws: Tensor) -> Tensor:
     return (draws < truth[:, None]).sum(1)
 
 
-def coverage(truth: Tensor, draws: Tensor, level: float = 0.9) -> Tensor:
-    """Share of truths inside the central interval that holds `level` of their draws. truth: (N,); draws: (N, L). Returns a scalar tensor."""
+def central_interval(draws: Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
+    """Lower and upper end of the interval that holds a further, exchangeable draw with probability `level`. draws: (L, *dims); (*dims) each.
+
+    The ends stand at the places p (L + 1), p = (1 ∓ level)/2, among the ordered draws, between two of them by linear interpolation;
+    the quantiles of the L draws themselves would be too narrow, at level 0.9 and 19 draws by 0.09. `ValueError` if L < 2/(1 - level) - 1.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
+    n, p = len(draws), (1 - level) / 2
+    share = (p * (n + 1) - 1) / max(n - 1, 1)
+    if share < -1e-9:
+        raise ValueError(f"draws must be at least {math.ceil(1 / p - 1 - 1e-9)} for an interval of level {level}, got {n}")
+    share = max(share, 0.0)
+    return draws.quantile(share, dim=0), draws.quantile(1 - share, dim=0)
+
+
+def coverage(truth: Tensor, draws: Tensor, level: float = 0.9) -> Tensor:
+    """Share of truths inside the `central_interval` of their draws; `level`, if both are exchangeable. truth: (N,); draws: (N, L). A scalar."""
     _check_problems(truth, draws)
-    low, high = draws.quantile((1 - level) / 2, dim=1), draws.quantile((1 + level) / 2, dim=1)
+    low, high = central_interval(draws.T, level)
     return ((truth >= low) & (truth <= high)).to(draws.dtype).mean()
 
 

@@ -112,9 +112,9 @@ def draw_mass(ax: Axes, masses: dict[str, Tensor], label: str = "parameter of th
 
 
 def draw_images(ax: Axes, x: Tensor, columns: int, **options: object) -> None:
-    """Images (B, 1, H, W) in [-1, 1] as a grid, row by row, a light line between them; white is ink."""
-    rows = -(-len(x) // columns)
-    x = torch.nn.functional.pad(x[:, 0].detach().cpu(), (1, 1, 1, 1), value=1.0)  # (B, H + 2, W + 2)
+    """Images (B, 1, H, W) in [-1, 1] as a grid, row by row, a light line around each if there are several; white is ink."""
+    rows, line = -(-len(x) // columns), int(len(x) > 1)
+    x = torch.nn.functional.pad(x[:, 0].detach().cpu(), (line,) * 4, value=1.0)
     x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])]).reshape(rows, columns, *x.shape[1:])
     ax.imshow(x.movedim(1, 2).reshape(rows * x.shape[2], -1), **{"vmin": -1, "vmax": 1, "cmap": "gray", "interpolation": "nearest"} | options)
     ax.set_axis_off()

@@ -5,7 +5,7 @@ from conftest import rng
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance
 
-from sde_utils import frechet_distance, psnr, roll_mass, sliced_wasserstein, swiss_roll_curve, total_variation
+from sde_utils import coverage, frechet_distance, psnr, roll_mass, sliced_wasserstein, swiss_roll_curve, total_variation
 
 
 def test_sliced_wasserstein_against_scipy_along_each_direction():
@@ -40,6 +40,15 @@ def test_frechet_distance_against_scipy_and_in_closed_form():
     assert float(frechet_distance(x[:, :1], 2 * x[:, :1])) == pytest.approx(
         float(x[:, 0].double().mean() ** 2 + x[:, 0].double().var()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("draws", [19, 20, 99])
+def test_coverage_of_exchangeable_draws_is_the_level(draws):
+    """40,000 truths among their draws: 0.9 within 4 standard errors, whatever the number of draws."""
+    x = torch.randn(40_000, draws + 1, generator=rng(5))
+    assert float(coverage(x[:, 0], x[:, 1:])) == pytest.approx(0.9, abs=4 * (0.09 / 40_000) ** 0.5)
+    with pytest.raises(ValueError, match="at least 19"):
+        coverage(x[:, 0], x[:, 1:10])
 
 
 def test_psnr():

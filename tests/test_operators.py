@@ -125,6 +125,25 @@ def test_guidance_by_conjugate_gradients_takes_them(name):
     assert torch.allclose(PiGDM(prior, obs, variance=0.5)(z, 0.7), exact(z, 0.7), atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_deepinv_physics_are_operators():
+    """Where deepinv is installed: its physics in the place of ours, their adjoint, and the exact Gaussian posterior's denoiser."""
+    physics = pytest.importorskip("deepinv.physics")
+    prior, g = IsotropicMixture(torch.zeros(1, 1, 16, 16), 0.5), rng(6)
+    kernel = gaussian_kernel(1.0).float()[None, None]
+    for operator in (
+        physics.Inpainting((1, 16, 16), mask=(torch.rand(1, 16, 16, generator=g) > 0.5).float()),
+        physics.Downsampling(img_size=(1, 16, 16), factor=2, filter=None),
+        physics.Blur(filter=kernel, padding="circular"),
+    ):
+        y = operator(prior.sample(2, g))
+        assert torch.allclose(adjoint(operator, y, (2, 1, 16, 16)), operator.A_adjoint(y), atol=1e-6)
+        obs, z = Observation(operator, y[0], 0.3), torch.randn(2, 1, 16, 16, generator=g)
+        exact = prior.posterior(obs)(z, 0.7)
+        assert torch.allclose(MMPS(prior, obs, iterations=80, probes=0)(z, 0.7), exact, atol=1e-4)
+        assert torch.allclose(PiGDM(prior, obs, variance=0.5)(z, 0.7), exact, atol=1e-4)
+
+
 def test_bad_input_is_named():
     x = torch.zeros(1, 1, 12, 12)
     cases = [
