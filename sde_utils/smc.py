@@ -65,7 +65,7 @@ def twisted_smc(
     Each step costs one network call, the guidance's vector-Jacobian products and one more; a resampling costs one more evaluation.
 
     Args: guided: Annealed, DPS, PiGDM or MMPS. x: (n, *dims), as from `sde.prior`; σ(1) has to exceed the size of the data, at any scale.
-    times: decreasing to 0; if None `karras_times` from σ(1) down.
+    times: decreasing to 0; if None `karras_times` from σ(1) down, for a learned denoiser in one step from there to 20 `sigma_data`.
     The evidence is unbiased, and as n grows the draws become exact, up to the chain's own steps and the denoiser's error.
     Raises `ValueError`/`TypeError` before any work for bad arguments; `FloatingPointError` if all weights vanish: y is impossible under the
     prior, or beyond the reach of these particles. Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1; the covariance is that of
@@ -75,13 +75,13 @@ def twisted_smc(
     if not isinstance(guided, _Guided):
         raise TypeError(f"guided must be a guided denoiser (MMPS, PiGDM, DPS, Annealed), got {type(guided).__name__}")
     check_positive(resample_below=resample_below, last_step=last_step)
-    grid = karras_times(sde, steps, sigma_max=float(sde.sigma(1.0))) if times is None else check_times(times)
+    informed = 10 * getattr(guided.denoiser, "sigma_data", math.inf)
+    grid = karras_times(sde, steps, sigma_max=min(float(sde.sigma(1.0)), 2 * informed)) if times is None else check_times(times)
     if grid[-1] != 0:
         raise ValueError(f"times must end at 0, got {grid[-1]}")
     inner = grid if sde.sigma(0.0) > 0 else grid[:-1]
     place = torch.device("cpu") if x.device.type == "mps" else x.device
     n, z = len(x), x / expand(sde.scale(inner[0]), x)
-    informed = 10 * getattr(guided.denoiser, "sigma_data", math.inf)
 
     def look(z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
         x0_hat, shift, log_twist, pull = guided.evaluate(z, sde.sigma(t).to(z))

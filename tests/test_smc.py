@@ -90,7 +90,7 @@ def test_systematic_resampling_keeps_each_share_within_one():
 def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
     """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior.
 
-    One run's log-evidence has a standard error of 0.03 to 0.045: 0.15 is more than 3 of them, and 0.06 bounds the root mean square of eight.
+    One run's log-evidence has a standard error of 0.01 to 0.04: 0.1 is at least 2.5 of them, and 0.06 bounds the root mean square of eight.
     """
     wrong, gaps, sde = [], [], SDES[name]
     for i, (y, noise) in enumerate([(0.2, 0.05), (0.2, 0.03), (-0.2, 0.1), (0.5, 0.1), (-1.0, 0.1), (0.0, 0.3), (1.0, 0.3), (-0.5, 0.03)]):
@@ -102,7 +102,7 @@ def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
         print(f"{name} y = {y}, σ_y = {noise}: mass in the wrong piece {wrong[-1]:.3f}, log-evidence {gaps[-1]:+.3f}")
     assert sum(wrong) / len(wrong) <= 0.05
     assert max(wrong) <= 0.08
-    assert max(abs(gap) for gap in gaps) < 0.15
+    assert max(abs(gap) for gap in gaps) < 0.1
     assert math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) < 0.06
 
 
@@ -119,7 +119,7 @@ def mixture_problem(d, m, seed):
     return mix, Observation(lambda x: x @ matrix.T, y, noise)
 
 
-@pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 4), (800, 3)])
+@pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 8), (800, 3)])
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_mixtures(d, m, problems):
     """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets, each over three pairs; σ(1) well above the size."""
