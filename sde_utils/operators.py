@@ -109,11 +109,7 @@ def motion_kernel(length: int, angle: float) -> Tensor:
     """
     check_count(length=length)
     side = length + 1 - length % 2
-    s = (
-        torch.linspace(-(length - 1) / 2, (length - 1) / 2, 64 * length, dtype=torch.float64)
-        if length > 1
-        else torch.zeros(1, dtype=torch.float64)
-    )
+    s = torch.linspace(-(length - 1) / 2, (length - 1) / 2, 64 * length, dtype=torch.float64)
     radians = math.radians(angle)
     return _spread(side // 2 - s * math.sin(radians), side // 2 + s * math.cos(radians), side, side) / len(s)
 

@@ -47,9 +47,12 @@ def log_uniform(low: float, high: float) -> SigmaSampler:
 
 def log_normal(mean: float, sd: float, low: float, high: float, wide: float = 0.1) -> SigmaSampler:
     """ln σ ~ N(mean, sd²) clipped to [ln low, ln high], stratified; a share `wide` is uniform in ln σ over the whole range instead, so that
-    no level the samplers visit is unknown to the network. `ValueError` unless 0 < low < high. Source: Karras et al. 2022, table 1 and section 5.
+    no level the samplers visit is unknown to the network. `ValueError` unless 0 < low < high and 0 <= wide <= 1.
+    Source: Karras et al. 2022, table 1 and section 5.
     """
     check_positive(sd=sd)
+    if not 0 <= wide <= 1:
+        raise ValueError(f"wide must lie in [0, 1], got {wide}")
     uniform = log_uniform(low, high)
 
     def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SDES, rng
 
-from sde_utils import MLP, Denoiser, dsm_loss, load_denoiser, log_uniform, save_denoiser, swiss_roll, train
+from sde_utils import MLP, Denoiser, dsm_loss, load_denoiser, log_normal, log_uniform, save_denoiser, swiss_roll, train
 
 # E |ε̂ - ε*|² / 2 over t ~ U(0, 1), the measure of a trained network; what is asked of it
 LIMIT = {"ve": 0.0012, "vp": 0.0007}
@@ -167,3 +167,17 @@ def test_bad_input_is_refused():
         MLP(width=0)
     with pytest.raises(ValueError, match="sigma_data"):
         Denoiser(MLP(), 0.0)
+
+
+def test_log_normal_has_its_moments_and_covers_the_range():
+    """The normal share's mean and sd, stratified, so far better than 1/sqrt(n); the other tenth from low to high."""
+    log_sigma = log_normal(-0.6, 1.2, 1e-4, 1e4, wide=0.0)(10_000, rng(0)).log()
+    assert float(log_sigma.mean()) == pytest.approx(-0.6, abs=2e-3)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=5e-3)
+    sigma = log_normal(-0.6, 0.1, 0.01, 100.0)(10_000, rng(1))
+    assert float(((sigma < 0.3) | (sigma > 1.0)).float().mean()) == pytest.approx(0.1 * (1 - math.log(1 / 0.3) / math.log(1e4)), abs=2e-3)
+    assert sigma.min() < 0.011
+    assert sigma.max() > 90
+    for options, name in [({"sd": 0.0}, "sd"), ({"low": 2.0, "high": 1.0}, "low"), ({"wide": 1.5}, "wide")]:
+        with pytest.raises(ValueError, match=name):
+            log_normal(**{"mean": 0.0, "sd": 1.0, "low": 0.1, "high": 1.0} | options)
