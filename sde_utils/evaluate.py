@@ -3,7 +3,7 @@
 Quality: Fréchet distance of samples to real digits, in the features of a small classifier trained here, against the number of network calls.
 Problems: 16 held-out digits for each of four tasks and each method: PSNR, residual and the coverage of 90 % intervals.
 Exact: 4 digits, lower half hidden, the training digits as prior: total variation of each method's class probabilities from the exact ones.
-Takes about half an hour on two CPU cores. What is in the file is kept, so that a run cut short goes on; `--fresh` starts anew.
+Takes about an hour on two CPU cores. What is in the file is kept, so that a run cut short goes on; `--fresh` starts anew.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .smc import twisted_smc
 RESULTS = Path(__file__).parent / "pretrained" / "mnist.json"
 SDES = {"VE": VESDE(), "VP": VPSDE()}
 CALLS = {
-    "Euler–Maruyama": (25, 50, 100),
-    "predictor–corrector": (50, 100),
+    "Euler–Maruyama": (25, 50, 100, 250),
+    "predictor–corrector": (50, 100, 250, 1000),
     "ancestral": (10, 25, 50, 100),
     "Heun": (5, 9, 17, 35, 69),
 }
