@@ -46,7 +46,10 @@ def swiss_roll_parameter(x: Tensor, noise: float = 0.2, nodes: int = 2000) -> Te
     """Parameter u in [0, 1] of the centre line's point nearest to each sample. x: (B, 2). Returns (B,)."""
     u = torch.linspace(0, 1, nodes, dtype=x.dtype, device=x.device)
     curve = swiss_roll_curve(u, noise)
-    return u[torch.cat([torch.cdist(block, curve).argmin(dim=1) for block in x.split(4096)])]
+    nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for block, index in zip(x.split(4096), nearest.split(4096), strict=True):  # results in one place, or the heap grows by a block each
+        index.copy_(torch.cdist(block, curve).argmin(dim=1))
+    return u[nearest]
 
 
 def swiss_roll(n: int, noise: float = 0.2, generator: torch.Generator | None = None, seed: int | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,8 +63,8 @@ class GaussianMixture:
         along = noise @ self.basis * (self.basis_variance.sqrt() - math.sqrt(self.variance))
         return centres + (math.sqrt(self.variance) * noise + along @ self.basis.T).reshape(centres.shape)
 
-    def _blocks(self, z: Tensor, sigma: float | Tensor, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of rows, with S = Σ + σ² I: log w_k + log N(z; μ_k, S), (b, K); the score S⁻¹(E[μ_k | z] - z), (b, d); σ², (b, 1)."""
+    def _blocks(self, z: Tensor, sigma: float | Tensor, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of rows in turn, with S = Σ + σ² I: log w_k + log N(z; μ_k, S), (b, K); the score S⁻¹(E[μ_k | z] - z), (b, d); σ², (b, 1)."""
         check_batch(z, "z")
         if z.shape[1:] != self.means.shape[1:]:
             raise ValueError(f"z must have shape (B, {', '.join(map(str, self.means.shape[1:]))}), got {tuple(z.shape)}")
@@ -75,7 +76,6 @@ class GaussianMixture:
         # all that depends on k is linear in (μ, |μ|², (Vᵀμ)², log w): one product of matrices
         log_w = self.weights.to(z.device, wide).log()[:, None]
         columns = torch.cat([means, (means**2).sum(1, keepdim=True), (means @ basis) ** 2, log_w], dim=1)
-        blocks = []
         for zb, sb in zip(*(a.split(max(1, BLOCK // len(means))) for a in (z.flatten(1).to(wide), square)), strict=True):
             plain = 1 / (self.variance + sb)  # (b, 1)
             extra = 1 / (self.basis_variance.to(z.device, wide) + sb) - plain  # (b, m)
@@ -83,8 +83,7 @@ class GaussianMixture:
             scaled = inverse(zb)
             own = (zb * scaled).sum(1) - plain[:, 0].log() * zb.shape[1] - (extra / plain).log1p().sum(1) + zb.shape[1] * math.log(2 * math.pi)
             joint = torch.cat([scaled, -plain / 2, -extra / 2, torch.ones_like(sb)], dim=1) @ columns.T - own[:, None] / 2
-            blocks.append((joint, inverse(joint.softmax(1) @ means) - scaled, sb))
-        return blocks
+            yield joint, inverse(joint.softmax(1) @ means) - scaled, sb
 
     def log_prob(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """log p(z; σ) in nats. z: (B, *dims); sigma: float, scalar tensor or (B,). Returns (B,)."""

@@ -113,7 +113,7 @@ class SDE(ABC):
 class VESDE(SDE):
     r"""Variance exploding: `r = 1`, `σ = σ_min (σ_max/σ_min)^t`, so `f = 0` and `g = σ sqrt(2 ln(σ_max/σ_min))`.
 
-    σ(0) = σ_min > 0: at t = 0 a trace of noise is left, which the samplers take off in a last half step.
+    σ(0) = σ_min > 0: at t = 0 a trace of noise is left, which the samplers take off in a last step.
     Raises `ValueError` unless 0 < sigma_min < sigma_max. Source: Song et al. 2021, eq. 9 and appendix C.
     """
 
