@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Observation:
         if not holds(y.isfinite().all()):
             raise ValueError("y must be finite, but holds NaN or infinity")
         self.operator, self.y, self.noise_std = operator, y, float(noise_std)
-        self._matrices: dict[torch.Size, Tensor] = {}
+        self._matrices: dict[object, Any] = {}  # the operator's matrix and its singular values, by the inputs' shape
 
     def residual(self, x0: Tensor) -> Tensor:
         """y - A(x_0), (B, *obs_dims)."""
@@ -121,7 +122,9 @@ class _Guided:
 
     def log_likelihood(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         """The method's log p(y | z). z: (B, *dims); sigma: float, scalar tensor or (B,). Returns (B,)."""
-        return self.evaluate(z, sigma)[2]
+        log_likelihood = self.evaluate(z, sigma)[2]
+        assert log_likelihood is not None  # asked for
+        return log_likelihood
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Annealed(_Guided):
     def _variance(self, level: Tensor) -> Tensor:
         return self.obs.noise_std**2 + level.flatten() ** 2
 
-    def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor]:
+    def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor | None]:
         log_likelihood = self.obs.log_likelihood(x0_hat, self._variance(level))
         (gradient,) = torch.autograd.grad(log_likelihood.sum(), z, retain_graph=True)
         return level**2 * gradient, log_likelihood
@@ -167,8 +170,8 @@ class DPS(Annealed):
     def _bound(self, size: Tensor) -> Tensor:
         return super()._bound(size) if self.zeta is None else torch.full_like(size, math.inf)
 
-    def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor]:
-        if self.zeta is None:
+    def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor | None]:
+        if self.zeta is None or self.sde is None or self.times is None:
             return super()._shift(z, x0_hat, level, log)
         levels = torch.stack([self.sde.sigma(t) for t in self.times]).to(level)
         if level.ndim or not holds((levels - level).abs().min() <= 1e-4 * level):

@@ -20,6 +20,8 @@ class MLP(nn.Module):
     F(x, c): x (B, dim), c (B,) -> (B, dim). It starts as the zero function, so that the untrained denoiser is the best linear one.
     """
 
+    frequencies: Tensor
+
     def __init__(self, dim: int = 2, width: int = 64, depth: int = 3, frequencies: int = 8) -> None:
         check_count(dim=dim, width=width, depth=depth, frequencies=frequencies)
         super().__init__()
@@ -86,6 +88,8 @@ class UNet(nn.Module):
     F(x, c): x (B, channels, H, W), c (B,) -> like x; `ValueError` unless H and W are multiples of patch 2^(levels - 1). It starts as zero.
     """
 
+    frequencies: Tensor
+
     def __init__(self, channels: int = 1, widths: Sequence[int] = (32, 128), blocks: int = 1, heads: int = 4, patch: int = 2) -> None:
         check_count(channels=channels, blocks=blocks, heads=heads, patch=patch, levels=len(widths), widths=min(widths, default=1))
         if any(w % 8 for w in widths) or widths[-1] % heads:
@@ -96,11 +100,11 @@ class UNet(nn.Module):
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9), persistent=False)
         self.embed = nn.Sequential(nn.Linear(17, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
         self.first = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        down, up = [], []
         passed, width = [widths[0]], widths[0]
         for i, w in enumerate(widths):
             level = [ResidualBlock(width if j == 0 else w, w, embedding, heads if i == len(widths) - 1 else 0) for j in range(blocks)]
-            self.down.append(nn.ModuleList(level))
+            down.append(nn.ModuleList(level))
             width, passed = w, passed + [w] * blocks
         for i, w in reversed(list(enumerate(widths))):
             coarse = heads if i == len(widths) - 1 else 0
@@ -108,10 +112,11 @@ class UNet(nn.Module):
             for _ in range(blocks + (i == 0)):
                 level.append(ResidualBlock(width + passed.pop(), w, embedding, coarse))
                 width = w
-            self.up.append(nn.ModuleList(level))
+            up.append(nn.ModuleList(level))
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.norm, self.last = nn.GroupNorm(8, width), nn.Conv2d(width, channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.config["channels"] or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
@@ -124,12 +129,12 @@ class UNet(nn.Module):
         passed = [h]
         for i, level in enumerate(self.down):
             h = nn.functional.avg_pool2d(h, 2) if i else h
-            for block in level:
+            for block in level.children():
                 h = block(h, embedding)
                 passed.append(h)
         for i, level in enumerate(self.up):
             h = nn.functional.interpolate(h, scale_factor=2.0) if i else h
-            for block in level:
+            for block in level.children():
                 h = block(torch.cat([h, passed.pop()], dim=1), embedding)
         return nn.functional.pixel_shuffle(self.last(nn.functional.silu(self.norm(h))), self.patch)
 

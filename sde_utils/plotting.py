@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -69,7 +70,7 @@ def plane(limit: float = 2.3, n: int = 200) -> Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
-def draw_map(ax: Axes, values: Tensor, limit: float = 2.3, floor: float | None = 6.0, **options: object) -> None:
+def draw_map(ax: Axes, values: Tensor, limit: float = 2.3, floor: float | None = 6.0, **options: Any) -> None:
     """An image of values on `plane(limit, n)`, (n²,). For log-densities: nothing is drawn further than `floor` nats below the maximum."""
     n = round(len(values) ** 0.5)
     image = values.reshape(n, n).T.cpu()
@@ -79,14 +80,14 @@ def draw_map(ax: Axes, values: Tensor, limit: float = 2.3, floor: float | None =
     ax.grid(False)
 
 
-def draw_points(ax: Axes, x: Tensor, limit: float = 2.3, **options: object) -> None:
+def draw_points(ax: Axes, x: Tensor, limit: float = 2.3, **options: Any) -> None:
     """A rasterised scatter of points (B, 2) on square axes."""
     options = {"s": 2, "linewidths": 0, "color": BLUE, "rasterized": True, "marker": "o"} | options
     ax.scatter(*x.detach().cpu().T, **options)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
-def draw_field(ax: Axes, denoiser: Denoise, sigma: float, limit: float = 2.3, n: int = 18, **options: object) -> None:
+def draw_field(ax: Axes, denoiser: Denoise, sigma: float, limit: float = 2.3, n: int = 18, **options: Any) -> None:
     """Arrows of σ ∇log p(z; σ) = (D(z, σ) - z) / σ, shortened to at most the spacing of the n x n grid."""
     z = plane(limit, n)
     with torch.no_grad():
@@ -96,7 +97,7 @@ def draw_field(ax: Axes, denoiser: Denoise, sigma: float, limit: float = 2.3, n:
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
-def draw_density(ax: Axes, density: IsotropicMixture, sigma: float = 0.0, limit: float = 2.3, n: int = 200, **options: object) -> None:
+def draw_density(ax: Axes, density: IsotropicMixture, sigma: float = 0.0, limit: float = 2.3, n: int = 200, **options: Any) -> None:
     """A map of log p(z; σ)."""
     draw_map(ax, density.log_prob(plane(limit, n), sigma), limit, **options)
 
@@ -111,7 +112,7 @@ def draw_mass(ax: Axes, masses: dict[str, Tensor], label: str = "parameter of th
     ax.legend()
 
 
-def draw_images(ax: Axes, x: Tensor, columns: int, **options: object) -> None:
+def draw_images(ax: Axes, x: Tensor, columns: int, **options: Any) -> None:
     """Images (B, 1, H, W) in [-1, 1] as a grid, row by row, a light line around each if there are several; white is ink."""
     rows, line = -(-len(x) // columns), int(len(x) > 1)
     x = torch.nn.functional.pad(x[:, 0].detach().cpu(), (line,) * 4, value=1.0)

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = read(checkpoint, facts) if checkpoint.exists() else None
 
     torch.manual_seed(settings.seed)
-    denoiser = Denoiser(UNet(widths=settings.widths), SIGMA_DATA).to(device, memory_format=torch.channels_last)
+    denoiser = Denoiser(UNet(widths=settings.widths), SIGMA_DATA).to(device).to(memory_format=torch.channels_last)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.lr, betas=(0.9, 0.99))
     first, seconds = 0, 0.0
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
                 write({"settings": json.dumps(facts), "step": done, "seconds": seconds + saved - began, **tensors}, checkpoint)
                 with log.open("w", newline="") as file:
                     csv.writer(file).writerows([["step", "images", "loss", "lr", "seconds"], *rows])
-                smooth = average.module.eval()
+                smooth = cast(Denoiser, average.module.eval())
                 seen = {"digits": len(images), "images": done * settings.batch, "seconds": round(seconds + saved - began)}
                 save_denoiser(smooth, settings.out / "denoiser.safetensors", torch.float16, **facts | {"out": settings.out.name} | seen)
                 save_grid(smooth, settings.out / "samples.png")

@@ -244,7 +244,7 @@ def log_likelihood(
         trace = sum((p * v).flatten(1).sum(1) for p, v in zip(products, vectors, strict=True))
         return (z - x0_hat).detach(), dim - trace
 
-    h, gained = math.log(top / sigma) / steps, 0.0
+    h, gained = math.log(top / sigma) / steps, torch.zeros(len(z), dtype=z.dtype, device=z.device)
     for i in range(steps):
         a = math.log(sigma) + i * h
         k1, m1 = slope(z, a)

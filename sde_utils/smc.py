@@ -85,6 +85,7 @@ def twisted_smc(
 
     def look(z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
         x0_hat, shift, log_twist, pull = guided.evaluate(z, sde.sigma(t).to(z))
+        assert log_twist is not None  # asked for
         known = float(sde.sigma(t) <= informed)
         return x0_hat, shift * known, log_twist.to(place, torch.float64) * known, pull
 

@@ -42,7 +42,11 @@ def log_uniform(low: float, high: float) -> SigmaSampler:
     check_positive(low=low, high=high)
     if low >= high:
         raise ValueError(f"low must be below high, got {low} and {high}")
-    return lambda n, generator=None: low * (high / low) ** _stratified(n, generator)
+
+    def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:
+        return low * (high / low) ** _stratified(n, generator)
+
+    return sampler
 
 
 def log_normal(mean: float, sd: float, low: float, high: float, wide: float = 0.1) -> SigmaSampler:
