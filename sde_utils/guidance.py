@@ -173,7 +173,7 @@ class DPS(Annealed):
     def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor | None]:
         if self.zeta is None or self.sde is None or self.times is None:
             return super()._shift(z, x0_hat, level, log)
-        levels = torch.stack([self.sde.sigma(t) for t in self.times]).to(level)
+        levels = self.sde.sigma(torch.tensor(self.times, dtype=torch.float64, device="cpu")).to(level)
         if level.ndim or not holds((levels - level).abs().min() <= 1e-4 * level):
             raise ValueError("with zeta, sigma must be one of the noise levels of `times`")
         i = int((levels - level).abs().argmin())

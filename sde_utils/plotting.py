@@ -53,15 +53,23 @@ def show(figure: Figure, alt: str, dpi: int = 100, colours: int = 128) -> None:
     _display(buffer.getvalue(), alt)
 
 
-def animate(draw: Callable[[int], Figure], frames: int, alt: str, milliseconds: int = 120, dpi: int = 70) -> None:
-    """Display `draw(0), ..., draw(frames - 1)` as one animated PNG that loops, the last frame held for 1.5 s."""
+def animated_png(draw: Callable[[int], Figure], frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500) -> bytes:
+    """`draw(0), ..., draw(frames - 1)` as one animated PNG that loops, the last frame held for `hold` milliseconds."""
     images = [Image.open(io.BytesIO(_png(draw(i), dpi))).convert("RGB") for i in range(frames)]
-    palette = images[0].quantize(24, dither=Image.Dither.NONE)
+    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # one palette for all frames, of the first and the last
+    ends.paste(images[0])
+    ends.paste(images[-1], (0, images[0].height))
+    palette = ends.quantize(32, dither=Image.Dither.NONE)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    durations = [milliseconds] * (frames - 1) + [1500]
+    durations = [milliseconds] * (frames - 1) + [hold]
     buffer = io.BytesIO()
     images[0].save(buffer, format="PNG", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
-    _display(buffer.getvalue(), alt)
+    return buffer.getvalue()
+
+
+def animate(draw: Callable[[int], Figure], frames: int, alt: str) -> None:
+    """Display `animated_png(draw, frames)` with its description `alt`."""
+    _display(animated_png(draw, frames), alt)
 
 
 def plane(limit: float = 2.3, n: int = 200) -> Tensor:

@@ -10,6 +10,7 @@ from notebooks import NOTEBOOKS, execute, fingerprint
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
+@pytest.mark.slow
 @each
 def test_runs_from_top_to_bottom_in_fast_mode(path):
     executed = execute(path, TRAIN_STEPS=300, N_DATA=2000, N_SAMPLES=200)

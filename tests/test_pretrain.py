@@ -43,6 +43,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert load_denoiser(whole / "denoiser.safetensors")(torch.zeros(2, 1, 28, 28), 1.0).shape == (2, 1, 28, 28)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_bit_for_bit_the_same(whole, tmp_path):
     """SIGKILL twice, each time after some more checkpoints; then to the end."""
     for kill in range(2):
@@ -64,6 +65,7 @@ def test_killed_and_run_again_it_ends_bit_for_bit_the_same(whole, tmp_path):
     assert losses(whole) == losses(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(whole, tmp_path):
     """`accelerate launch` with two CPU processes (gloo): the same losses up to rounding."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]

@@ -119,7 +119,7 @@ def mixture_problem(d, m, seed):
     return mix, Observation(lambda x: x @ matrix.T, y, noise)
 
 
-@pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 8), (800, 3)])
+@pytest.mark.parametrize(("d", "problems"), [(8, 8), pytest.param(80, 8, marks=pytest.mark.slow), pytest.param(800, 3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_mixtures(d, m, problems):
     """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets, each over three pairs; σ(1) well above the size."""
