@@ -59,7 +59,7 @@ def animated_png(draw: Callable[[int], Figure], frames: int, milliseconds: int =
     ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # one palette for all frames, of the first and the last
     ends.paste(images[0])
     ends.paste(images[-1], (0, images[0].height))
-    palette = ends.quantize(32, dither=Image.Dither.NONE)
+    palette = ends.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [milliseconds] * (frames - 1) + [hold]
     buffer = io.BytesIO()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ._checks import check_batch, check_count, check_positive, expand, holds, randn_like
@@ -74,6 +74,18 @@ def _stratified(n: int, generator: torch.Generator | None) -> Tensor:
     return (torch.randperm(n, generator=generator, device=device) + torch.rand(n, generator=generator, device=device)) / n
 
 
+def _moving_average(decay: float) -> Callable[..., None]:
+    """The k-th update, in place, of a list of tensors towards another, as `AveragedModel` calls it."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], k: Tensor) -> None:
+        share = 1 - ((1 + k) / (10 + k)).clamp(max=decay)
+        for a, b in zip(average, current, strict=True):
+            a.lerp_(b, share.to(a))
+
+    return update
+
+
 def train(
     denoiser: nn.Module,
     data: Tensor,
@@ -91,7 +103,8 @@ def train(
     r"""Minimise `dsm_loss` over random mini-batches with Adam; afterwards the denoiser holds the moving average of its weights.
 
     The learning rate rises linearly over the first `warmup` share of the steps, then falls linearly to 0. The average
-    `θ̄ <- ema_decay θ̄ + (1 - ema_decay) θ` is taken every `ema_every` steps.
+    `θ̄ <- d θ̄ + (1 - d) θ`, `d = min(ema_decay, (1 + k)/(10 + k))` at its k-th turn, is taken every `ema_every` steps: while it is young it
+    forgets fast, so that a short run does not keep its first weights.
     Args: data: (N, *dims), on the denoiser's device. sigma_sampler: (n, generator) -> (n,). Returns the losses, (steps,), on its device.
     Raises `ValueError`/`TypeError` for bad arguments before the first step, `FloatingPointError` if the loss leaves the finite numbers.
     """
@@ -103,7 +116,7 @@ def train(
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), fused=not data.is_meta)
     rise = max(1, round(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, 1) * (1 - i / steps))
-    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    average = AveragedModel(denoiser, multi_avg_fn=_moving_average(ema_decay))
     losses = torch.empty(steps, device=data.device)
     denoiser.train()
     device = data.device if generator is None else generator.device

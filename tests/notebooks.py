@@ -12,15 +12,16 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("*_example.ipynb"))
+SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
 
 
 def execute(path: Path, **knobs: object) -> nbformat.NotebookNode:
-    """Run from the repository's root; `knobs` replace the values of the knobs cell. Raises nbclient's error where a cell fails."""
+    """Run in the folder of the notebook; `knobs` replace the values of the knobs cell. Raises nbclient's error where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     if knobs:
         cell = next(c for c in notebook.cells if c.cell_type == "code" and c.source.startswith("SEED"))
         cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in knobs.items())
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     return notebook
 
 
@@ -49,7 +50,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
 
 
 if __name__ == "__main__":
-    for path in [Path(p) for p in sys.argv[1:]] or NOTEBOOKS:
+    for path in [Path(p) for p in sys.argv[1:]] or NOTEBOOKS + SOLUTIONS:
         began = time.perf_counter()
         executed = execute(path)
         cells = [

@@ -5,19 +5,19 @@ import re
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, execute, fingerprint
+from notebooks import NOTEBOOKS, SOLUTIONS, execute, fingerprint
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 @pytest.mark.slow
-@each
-def test_runs_from_top_to_bottom_in_fast_mode(path):
-    executed = execute(path, TRAIN_STEPS=300, N_DATA=2000, N_SAMPLES=200)
-    assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_solutions_run(path):
+    """From top to bottom; the lectures themselves are executed by the browser's and Colab's tests."""
+    assert all(c.execution_count for c in execute(path).cells if c.cell_type == "code")
 
 
-@each
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: p.stem)
 def test_committed_state(path):
     text = path.read_text()
     notebook = nbformat.reads(text, as_version=4)
@@ -31,6 +31,7 @@ def test_committed_state(path):
     assert not re.search(r"(/(home|root|work|tmp|Users)/|site-packages|Warning)", json.dumps(notebook.cells))
     assert len(text) < 2e6
     assert max(len(c.source.splitlines()) for c in code) <= 30
+    assert max(len(line) for c in code for line in c.source.splitlines()) <= 130  # what Jupyter shows without cutting
 
 
 @each
@@ -42,6 +43,20 @@ def test_figures_are_small_described_and_one_moves(path):
         assert len(figure.data["image/png"]) * 3 / 4 < 150_000
         assert len(figure.metadata["image/png"]["alt"]) > 30
     assert sum("Animation" in f.metadata["image/png"]["alt"] for f in figures) == 1
+
+
+@each
+def test_every_exercise_has_an_answer(path):
+    """The statements of the exercises stand in the solutions word for word, each followed by code that printed or drew something."""
+    exercises = [c.source for c in nbformat.read(path, 4).cells if re.match(r"\*\*\d\. ", c.source)]
+    solutions = nbformat.read(path.parent / "solutions" / path.name.replace("example", "solutions"), 4).cells
+    assert 3 <= len(exercises) <= 5
+    for exercise in exercises:
+        place = next(i for i, c in enumerate(solutions) if c.source == exercise)
+        end = next((i for i, c in enumerate(solutions) if i > place and re.match(r"\*\*\d\. ", c.source)), len(solutions))
+        answer = solutions[place + 1 : end]
+        assert any(c.cell_type == "code" and c.outputs for c in answer)
+        assert answer[-1].cell_type == "markdown"
 
 
 def test_both_have_the_same_sections():

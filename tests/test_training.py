@@ -169,6 +169,19 @@ def test_bad_input_is_refused():
         Denoiser(MLP(), 0.0)
 
 
+def test_a_short_run_forgets_its_first_weights():
+    """120 steps, 24 averages: with decay 0.99 from the start, three quarters of the weights would be the first ones, and the denoiser linear."""
+    torch.manual_seed(0)
+    denoiser, data = Denoiser(MLP()), swiss_roll(5000, seed=0)
+    x, g = data[:2000], rng(5)
+    z = x + 0.3 * torch.randn(x.shape, generator=g)
+    linear = (denoiser(z, 0.3) - x).square().mean()
+    losses = train(denoiser, data, log_uniform(0.05, 5.0), steps=120, batch_size=512, generator=rng(6), progress=False)
+    assert losses[-20:].mean() < losses[:20].mean()
+    error = (denoiser(z, 0.3) - x).square().mean()
+    assert error < 0.93 * linear
+
+
 def test_log_normal_has_its_moments_and_covers_the_range():
     """The normal share's mean and sd, stratified, so far better than 1/sqrt(n); the other tenth from low to high."""
     log_sigma = log_normal(-0.6, 1.2, 1e-4, 1e4, wide=0.0)(10_000, rng(0)).log()

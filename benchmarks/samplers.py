@@ -1,0 +1,145 @@
+"""Samplers of every library behind one signature: (denoiser, standard normal noise, number of network calls) -> samples.
+
+All run from σ = 50 to σ = 0.01, each on the grid that its library offers for that. Libraries are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sde_utils import VESDE, VPSDE, ancestral, euler_maruyama, heun, karras_times, sample
+
+from .common import Denoise
+
+LOW, HIGH = 0.01, 50.0
+Sampler = Callable[[Denoise, Tensor, int], Tensor]
+
+
+def sde_utils() -> dict[str, Sampler]:
+    ve, vp = VESDE(LOW, HIGH), VPSDE(0.1, 2 * math.log1p(HIGH**2) - 0.1)  # σ(1) = 50 in both
+
+    def maruyama(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
+        return sample(ve, denoiser, HIGH * noise, steps=calls - 1, predictor=euler_maruyama)
+
+    def ancestral_vp(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
+        return sample(vp, denoiser, vp.scale(1.0).to(noise) * HIGH * noise, steps=calls, predictor=ancestral)
+
+    def ode(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
+        return sample(ve, denoiser, HIGH * noise, times=karras_times(ve, (calls + 1) // 2), predictor=heun)
+
+    return {"sde_utils: Euler–Maruyama": maruyama, "sde_utils: ancestral (VP)": ancestral_vp, "sde_utils: Heun": ode}
+
+
+def azula_denoiser(denoiser: Denoise, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]) -> nn.Module:
+    """D as azula's: of α (x_0 + σ/α ε), at a time of its schedule."""
+    from azula.denoise import Denoiser, DiracPosterior
+
+    class Given(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = schedule
+
+        def forward(self, x_t: Tensor, t: Tensor) -> DiracPosterior:
+            alpha, sigma = (a.to(x_t) for a in self.schedule(t))
+            return DiracPosterior(mean=denoiser(x_t / alpha, sigma / alpha))
+
+    return Given()
+
+
+def azula() -> dict[str, Sampler]:
+    from azula.noise import RectifiedSchedule
+    from azula.sample import DDIMSampler, DDPMSampler, HeunSampler, xEABSampler, zABSampler
+
+    schedule = RectifiedSchedule(1 / HIGH, LOW)  # of its five the best for most samplers here; σ/α from 0.01 to 50
+
+    def run(denoiser: Denoise, noise: Tensor, calls: int, kind: Callable[..., Callable[[Tensor], Tensor]], calls_a_step: int = 1) -> Tensor:
+        sampler = kind(azula_denoiser(denoiser, schedule), steps=calls // calls_a_step, silent=True)
+        return sampler(schedule.sigma(torch.ones(())) * noise)
+
+    return {
+        "azula: DDPM": partial(run, kind=DDPMSampler),
+        "azula: DDIM": partial(run, kind=DDIMSampler),
+        "azula: Heun": partial(run, kind=HeunSampler, calls_a_step=2),
+        "azula: zAB, order 3": partial(run, kind=partial(zABSampler, order=3)),
+        "azula: xEAB, order 2": partial(run, kind=partial(xEABSampler, order=2)),
+    }
+
+
+def k_diffusion() -> dict[str, Sampler]:
+    from k_diffusion import sampling
+
+    def run(denoiser: Denoise, noise: Tensor, calls: int, kind: Callable[..., Tensor]) -> Tensor:
+        levels = (calls + 1) // 2 if kind is sampling.sample_heun else calls
+        return kind(denoiser, HIGH * noise, sampling.get_sigmas_karras(levels, LOW, HIGH), disable=True)
+
+    return {
+        "k-diffusion: Euler ancestral": partial(run, kind=sampling.sample_euler_ancestral),
+        "k-diffusion: Heun": partial(run, kind=sampling.sample_heun),
+        "k-diffusion: DPM++ 2M": partial(run, kind=sampling.sample_dpmpp_2m),
+    }
+
+
+def diffusers() -> dict[str, Sampler]:
+    from diffusers import EDMDPMSolverMultistepScheduler, HeunDiscreteScheduler
+
+    def dpm(denoiser: Denoise, noise: Tensor, calls: int, algorithm: str = "dpmsolver++") -> Tensor:
+        scheduler = EDMDPMSolverMultistepScheduler(sigma_min=LOW, sigma_max=HIGH, sigma_data=1.0, algorithm_type=algorithm)
+        scheduler.set_timesteps(calls)
+        x = scheduler.init_noise_sigma * noise
+        for i, t in enumerate(scheduler.timesteps):
+            sigma = scheduler.sigmas[i].to(x)
+            norm = (sigma**2 + 1).sqrt()
+            x0_hat = denoiser(x, sigma)
+            x = scheduler.step((x0_hat - x / norm**2) * norm / sigma, t, x).prev_sample  # the network F behind D, sigma_data = 1
+        return x
+
+    levels = torch.logspace(torch.tensor(LOW).log10(), torch.tensor(HIGH).log10(), 1000, dtype=torch.float64)
+    kept = 1 / (1 + levels**2)
+    betas = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).numpy()  # the discrete chain whose noise levels are these
+
+    def heun(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
+        scheduler = HeunDiscreteScheduler(trained_betas=betas, use_karras_sigmas=True)
+        scheduler.set_timesteps((calls + 1) // 2)
+        x = HIGH * noise
+        for i, t in enumerate(scheduler.timesteps):
+            sigma = scheduler.sigmas[i + i % 2].to(x)  # a step's second call is at its end
+            x = scheduler.step((x - denoiser(x, sigma)) / sigma, t, x).prev_sample
+        return x
+
+    return {
+        "diffusers: Heun": heun,
+        "diffusers: EDM DPM++ 2M": dpm,
+        "diffusers: EDM DPM++ 2M SDE": partial(dpm, algorithm="sde-dpmsolver++"),
+    }
+
+
+def smalldiffusion() -> dict[str, Sampler]:
+    from accelerate import Accelerator
+    from smalldiffusion import ModelMixin, ScheduleLogLinear, samples
+
+    class Given(nn.Module, ModelMixin):
+        def __init__(self, denoiser: Denoise, dims: tuple[int, ...]) -> None:
+            super().__init__()
+            self.denoiser, self.input_dims = denoiser, dims
+
+        def predict_eps(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
+            return (x - self.denoiser(x, sigma)) / sigma
+
+    def run(denoiser: Denoise, noise: Tensor, calls: int, gam: float, mu: float) -> Tensor:
+        sigmas = ScheduleLogLinear(1000, LOW, HIGH).sample_sigmas(calls)
+        *_, x = samples(Given(denoiser, noise.shape[1:]), sigmas, gam, mu, xt=HIGH * noise, accelerator=Accelerator(cpu=True))
+        return x
+
+    return {
+        "smalldiffusion: DDPM": partial(run, gam=1.0, mu=0.5),
+        "smalldiffusion: DDIM": partial(run, gam=1.0, mu=0.0),
+        "smalldiffusion: accelerated": partial(run, gam=2.0, mu=0.0),
+    }
+
+
+GROUPS = (sde_utils, azula, k_diffusion, diffusers, smalldiffusion)

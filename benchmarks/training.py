@@ -1,0 +1,123 @@
+"""Learning the Swiss roll in so many seconds: every library's own loss and loop, the same data, batch size and noise levels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from sde_utils import MLP, Denoiser, GaussianMixture, log_uniform, train
+
+from .common import Denoise
+from .samplers import HIGH, LOW
+
+BATCH = 1024
+Trainer = Callable[[Tensor, Sequence[float]], Iterator[tuple[Denoise, int, float]]]  # (data, budgets) -> denoiser, steps, seconds of each
+
+
+def excess_loss(denoiser: Denoise, exact: GaussianMixture, n: int = 20_000) -> float:
+    """`E |ε̂ - ε*|² / 2` over ln σ uniform, z from the exact density: what a loss lies above its floor."""
+    generator = torch.Generator().manual_seed(1000)
+    sigma = log_uniform(LOW, HIGH)(n, generator)
+    z = exact.sample(n, generator).float() + sigma[:, None] * torch.randn(n, 2, generator=generator)
+    with torch.no_grad():
+        gap = (denoiser(z, sigma) - exact(z, sigma)) / sigma[:, None]
+    return float(gap.square().mean())
+
+
+def batches(data: Tensor) -> DataLoader:
+    """Random batches, each gathered by one indexing: the default loader would spend the time on stacking single points."""
+    sampler = BatchSampler(RandomSampler(data, replacement=True, num_samples=10**9), BATCH, drop_last=True)
+    return DataLoader(TensorDataset(data), batch_size=None, sampler=sampler, collate_fn=None)
+
+
+def snapshots(denoiser: Denoise, steps: Iterator[object], budgets: Sequence[float]) -> Iterator[tuple[Denoise, int, float]]:
+    """Take steps, and stop at each budget for a look at the denoiser as it then is; the clock stands still meanwhile."""
+    spent, count = 0.0, 0
+    for budget in budgets:
+        while spent < budget:
+            start = time.perf_counter()
+            next(steps)
+            spent, count = spent + time.perf_counter() - start, count + 1
+        yield denoiser, count, spent
+
+
+def sde_utils() -> dict[str, Trainer]:
+    def run(data: Tensor, budgets: Sequence[float]) -> Iterator[tuple[Denoise, int, float]]:
+        """`train` is told its steps, for its schedule: one run a budget, their number from the time of 100 steps, which is not counted."""
+        settings = {"batch_size": BATCH, "progress": False}
+        train(Denoiser(MLP()), data, log_uniform(LOW, HIGH), steps=10, **settings)
+        for budget in budgets:
+            start = time.perf_counter()
+            train(Denoiser(MLP()), data, log_uniform(LOW, HIGH), steps=100, **settings)
+            steps = max(1, int(100 * budget / (time.perf_counter() - start)))
+            denoiser, start = Denoiser(MLP()), time.perf_counter()
+            train(denoiser, data, log_uniform(LOW, HIGH), steps=steps, **settings)
+            yield denoiser, steps, time.perf_counter() - start
+
+    return {"sde_utils: train, MLP": run}
+
+
+def azula() -> dict[str, Trainer]:
+    from azula.denoise import KarrasDenoiser
+    from azula.noise import VESchedule
+
+    class Backbone(nn.Module):
+        """Our network behind azula's log σ."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = MLP()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t.flatten().expand(len(x)) / 4)
+
+    def run(data: Tensor, budgets: Sequence[float], lr: float) -> Iterator[tuple[Denoise, int, float]]:
+        schedule = VESchedule(LOW, HIGH)
+        model = KarrasDenoiser(Backbone(), schedule)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+
+        def loop() -> Iterator[None]:
+            while True:
+                x = data[torch.randint(len(data), (BATCH,))]
+                loss = model.loss(x, torch.rand(BATCH))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                yield
+
+        def denoiser(z: Tensor, sigma: Tensor) -> Tensor:
+            return model(z, (sigma / LOW).log() / torch.tensor(HIGH / LOW).log()).mean
+
+        return snapshots(denoiser, loop(), budgets)
+
+    return {f"azula: KarrasDenoiser around our MLP, Adam, lr {lr}": partial(run, lr=lr) for lr in (0.001, 0.005)}
+
+
+def smalldiffusion() -> dict[str, Trainer]:
+    from accelerate import Accelerator
+    from smalldiffusion import ScheduleLogLinear, TimeInputMLP, training_loop
+    from smalldiffusion.model import Scaled
+
+    def run(data: Tensor, budgets: Sequence[float], kind: Callable[[], nn.Module], lr: float) -> Iterator[tuple[Denoise, int, float]]:
+        model = kind()
+        loader = (batch for (batch,) in batches(data))
+        loop = training_loop(loader, model, ScheduleLogLinear(1000, LOW, HIGH), Accelerator(cpu=True), epochs=1, lr=lr)
+
+        def denoiser(z: Tensor, sigma: Tensor) -> Tensor:
+            sigma = sigma.expand(len(z))[:, None]
+            return z - sigma * model(z, sigma)
+
+        return snapshots(denoiser, loop, budgets)
+
+    return {
+        "smalldiffusion: training_loop, TimeInputMLP, lr 0.001": partial(run, kind=TimeInputMLP, lr=0.001),
+        "smalldiffusion: training_loop, Scaled(TimeInputMLP), lr 0.005": partial(run, kind=Scaled(TimeInputMLP), lr=0.005),
+    }
+
+
+GROUPS = (sde_utils, azula, smalldiffusion)
