@@ -92,7 +92,7 @@ class _Guided:
 
     def evaluate(self, z: Tensor, sigma: float | Tensor, log: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
         """By one network call: D(z, σ) and the shift σ² ∇ log p(y | z), both (B, *dims); log p(y | z), (B,), or None unless `log`; and
-        the function u -> Jᵀ u, J = ∂D/∂z, by one vector-Jacobian product a call.
+        the function u -> Jᵀ u, J = ∂D/∂z, by one vector-Jacobian product a call, to be called with `log` only: the graph is freed otherwise.
         """
         check_batch(z, "z")
         level = expand(sigma, z, "sigma")
@@ -139,7 +139,7 @@ class Annealed(_Guided):
 
     def _shift(self, z: Tensor, x0_hat: Tensor, level: Tensor, log: bool) -> tuple[Tensor, Tensor | None]:
         log_likelihood = self.obs.log_likelihood(x0_hat, self._variance(level))
-        (gradient,) = torch.autograd.grad(log_likelihood.sum(), z, retain_graph=True)
+        (gradient,) = torch.autograd.grad(log_likelihood.sum(), z, retain_graph=log)
         return level**2 * gradient, log_likelihood
 
 

@@ -277,12 +277,12 @@ def test_width_against_the_exact_posterior_in_one_dimension(name, noise, anneale
 
 
 def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
-    import statistics
+    """The fastest of 15 turns each, taken in turn: what else the machine does only ever adds time."""
     import time
 
-    sde, ratios = SDES["ve"], []
+    sde, steps, passes = SDES["ve"], [], []
     x, guided = sde.prior((20_000, 2), generator=rng(90)), DPS(learned, Observation(product, 0.2, 0.1))
-    for _ in range(9):
+    for _ in range(15):
         began = time.perf_counter()
         for _ in range(5):
             with torch.no_grad():
@@ -292,9 +292,10 @@ def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
             z = x.clone().requires_grad_()
             x0_hat = learned(z, sde.sigma(0.6))
             torch.autograd.grad(x0_hat, z, x)
-        ratios.append((middle - began) / (time.perf_counter() - middle))
-    print(f"step of DPS / forward and backward: {statistics.median(ratios):.3f}")
-    assert statistics.median(ratios) < 1.15
+        steps.append(middle - began)
+        passes.append(time.perf_counter() - middle)
+    print(f"step of DPS / forward and backward: {min(steps) / min(passes):.3f}")
+    assert min(steps) < 1.15 * min(passes)
 
 
 def test_memory_of_guided_sampling_does_not_grow_with_steps(two_modes):

@@ -86,6 +86,7 @@ def test_systematic_resampling_keeps_each_share_within_one():
     assert ((counts - 1000 * log_w.exp()).abs() < 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
     """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior.
@@ -119,7 +120,8 @@ def mixture_problem(d, m, seed):
     return mix, Observation(lambda x: x @ matrix.T, y, noise)
 
 
-@pytest.mark.parametrize(("d", "problems"), [(8, 8), pytest.param(80, 8, marks=pytest.mark.slow), pytest.param(800, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 8), (800, 3)])
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_mixtures(d, m, problems):
     """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets, each over three pairs; σ(1) well above the size."""
@@ -147,6 +149,7 @@ def test_steps_have_the_reverse_process_covariance():
     assert float(plain.var()) / 4 < 0.85
 
 
+@pytest.mark.slow
 def test_calibration_tells_smc_from_dps(two_modes):
     """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square, 10 bins; p below 1e-4 is a rejection)."""
     n, draws, sde, g = 300, 19, SDES["ve"], rng(40)
