@@ -129,14 +129,20 @@ def draw_images(ax: Axes, x: Tensor, columns: int, **options: Any) -> None:
     ax.set_axis_off()
 
 
-def posterior_figure(truth: Tensor, baseline: Tensor, results: dict[str, Tensor], draws: int = 4) -> Figure:
-    """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W)."""
-    titles = ["truth", "baseline", *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
+def posterior_figure(truth: Tensor, baseline: Tensor, results: dict[str, Tensor], draws: int = 4, data: Tensor | None = None) -> Figure:
+    """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W).
+
+    data: an image of what was observed, (1, 1, h, w), shown as a square, from its least to its largest value.
+    """
+    given = {"truth": truth} | ({} if data is None else {"data": data}) | {"baseline": baseline}
+    titles = [*given, *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
     figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25))
     for row, (name, x) in zip(axes, results.items(), strict=True):
         mean = x.mean(0, keepdim=True)
-        for ax, image in zip(row, [truth, baseline, *x[:draws].split(1), mean], strict=False):
-            draw_images(ax, image, 1)
+        for ax, title, image in zip(row, titles, [*given.values(), *x[:draws].split(1), mean], strict=False):
+            own = {"vmin": image.min(), "vmax": image.max(), "aspect": "auto"} if title == "data" else {}
+            draw_images(ax, image, 1, **own)
+            ax.set_box_aspect(1)
         for ax, image in zip(row[-2:], (x.std(0, keepdim=True), (mean - truth).abs()), strict=True):
             draw_images(ax, image, 1, vmin=0, vmax=1, cmap="cividis")
         row[0].text(-0.15, 0.5, name, rotation=90, ha="right", va="center", transform=row[0].transAxes, fontsize=8)
