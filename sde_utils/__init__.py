@@ -7,6 +7,7 @@ from .metrics import calibration_ranks, central_interval, coverage, frechet_dist
 from .networks import MLP, Denoiser, UNet, load_denoiser, load_pretrained, save_denoiser
 from .sampling import (
     Langevin,
+    Multistep,
     ancestral,
     euler,
     euler_maruyama,
@@ -33,6 +34,7 @@ __all__ = [
     "GaussianMixture",
     "IsotropicMixture",
     "Langevin",
+    "Multistep",
     "Observation",
     "Particles",
     "PiGDM",

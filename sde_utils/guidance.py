@@ -1,9 +1,10 @@
 """Guidance turns a denoiser into a denoiser: `D_y(z, σ) = D(z, σ) + σ² ∇_z log p(y | z)`. The methods differ in what stands for p(y | z).
 
 Stiffness: with a likelihood of width σ_y the correction grows like σ²/σ_y², 10⁷ for σ = 30 and σ_y = 0.01, far beyond what any explicit
-sampler's step can follow. The exact correction cannot do that: it is E[x_0 | z, y] - E[x_0 | z], a shift of a mean. So each
-sample's correction is held to at most `max_shift` σ per root dimension. Where σ is below σ_y, where the width of the result is decided, this
-changes nothing. PiGDM and MMPS divide by a variance that grows with σ, are not stiff, and need no bound.
+sampler's step can follow. The exact correction cannot do that: it is E[x_0 | z, y] - E[x_0 | z], a shift of a mean, and m observed numbers
+shift it along m directions, by a few σ each at most. So each sample's correction is held to `max_shift` σ sqrt(m), or sqrt(d) where the
+dimension d is smaller. Where σ is below σ_y, where the width of the result is decided, this changes nothing. PiGDM and MMPS divide by a
+variance that grows with σ and are not stiff; their bound, 10, rarely acts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Observation:
         if not holds(y.isfinite().all()):
             raise ValueError("y must be finite, but holds NaN or infinity")
         self.operator, self.y, self.noise_std = operator, y, float(noise_std)
-        self._matrices: dict[object, Any] = {}  # the operator's matrix and its singular values, by the inputs' shape
+        self.size: int | None = None  # m, the observed numbers a sample, known once A has been called
+        self._matrices: dict[object, Any] = {}  # by the inputs' shape: the operator's matrix, its singular values, whether it is linear
 
     def residual(self, x0: Tensor) -> Tensor:
         """y - A(x_0), (B, *obs_dims)."""
@@ -51,20 +53,31 @@ class Observation:
             raise ValueError(f"y must have shape {one} or {all_} to match A(x_0), got {tuple(self.y.shape)}")
         if x0.requires_grad and not predicted.requires_grad:
             raise ValueError("operator must be differentiable by autograd, but its result does not depend on its argument")
+        self.size = predicted[0].numel()
         return self.y.to(predicted) - predicted
+
+    def linear(self, x0: Tensor) -> bool:
+        """Whether A(u + v) = A(u) + A(v) up to rounding, for random u and v like x0, (B, *dims); asked once for each shape.
+
+        Their entries are ten times cubes of normals, small and large ones, so that a clipped or nearly linear operator shows itself too.
+        """
+        key = ("linear", x0.shape[1:], x0.dtype)
+        if key not in self._matrices:
+            u, v = 10 * torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x0) ** 3
+            with torch.no_grad():
+                parts, whole = (self.operator(u), self.operator(v)), self.operator(u + v)
+            size = sum(part.abs().max() for part in parts)
+            self._matrices[key] = holds((whole - parts[0] - parts[1]).abs().max() <= 1e3 * torch.finfo(x0.dtype).eps * size)
+        return self._matrices[key]
 
     def matrix(self, x0: Tensor) -> Tensor:
         """The operator as a matrix (m, d), for inputs like x0, (B, *dims); kept for later calls. `ValueError` if the operator is not linear."""
         if x0.shape[1:] not in self._matrices:
+            if not self.linear(x0):
+                raise ValueError("operator must be linear here, but A(u + v) is not A(u) + A(v): use MMPS, DPS or Annealed")
             identity = torch.eye(x0[0].numel(), dtype=x0.dtype, device=x0.device).reshape(-1, *x0.shape[1:])
             with torch.no_grad():
-                columns = self.operator(identity).reshape(len(identity), -1)  # (d, m)
-                trial = torch.linspace(-1, 2, len(identity), dtype=x0.dtype, device=x0.device)
-                image = self.operator(trial.reshape(1, *x0.shape[1:])).reshape(-1)
-            size = columns.abs().max() * trial.abs().sum()
-            if not holds((image - trial @ columns).abs().max() <= 1e3 * torch.finfo(x0.dtype).eps * size):
-                raise ValueError("operator must be linear here, but A(x) is not the sum of its columns: use MMPS, DPS or Annealed")
-            self._matrices[x0.shape[1:]] = columns.T
+                self._matrices[x0.shape[1:]] = self.operator(identity).reshape(len(identity), -1).T
         return self._matrices[x0.shape[1:]].to(x0)
 
     def log_likelihood(self, x0: Tensor, variance: float | Tensor | None = None) -> Tensor:
@@ -81,7 +94,7 @@ class _Guided:
 
     denoiser: Denoise
     obs: Observation
-    max_shift: float = 6.0
+    max_shift: float = 3.0
 
     def __post_init__(self) -> None:
         check_positive(max_shift=self.max_shift)
@@ -101,7 +114,7 @@ class _Guided:
             x0_hat = self.denoiser(z, level.flatten() if level.ndim else level)
             shift, log_likelihood = self._shift(z, x0_hat, level, log)
         length = shift.flatten(1).norm(dim=1)
-        bound = self._bound(level.flatten() * math.sqrt(z[0].numel()))
+        bound = self._bound(level.flatten() * math.sqrt(min(self.obs.size or math.inf, z[0].numel())))
         return (
             x0_hat.detach(),
             shift.detach() * expand((bound / length).clamp(max=1), z).detach(),
@@ -225,7 +238,7 @@ class MMPS(_Guided):
 
     Exact for Gaussian data and linear A, where C = 0. For other A, C is the second moment of what the linearisation leaves out,
     `q = (A(x̂ + δ) + A(x̂ - δ))/2 - A(x̂)` over `probes` fixed δ ~ N(0, ρ² I), `ρ² = σ² s²/(σ² + s²)`, s = `size` that of the data;
-    probes = 0 gives the published method. It costs calls of A only.
+    probes = 0 gives the published method. It costs calls of A only, and none where A is found linear.
     Up to `dense` observed numbers S is built, by one vector-Jacobian product each; where a learned J is not positive, the direction has no
     say. Above that S⁻¹(y - A(x̂)) comes from `iterations` conjugate-gradient steps with the diagonal of C, one product each and one at the
     end; log p(y | z) builds S in any case. Source: Rozet et al. 2024 (arXiv 2405.13712), section 4.2; C is ours.
@@ -257,7 +270,8 @@ class MMPS(_Guided):
         residual = self.obs.residual(point).reshape(len(z), -1)  # (B, m); ∂/∂point is -H
         noise, m = self.obs.noise_std**2, residual.shape[1]
         square = level.reshape(-1, 1) ** 2
-        q = self._curvature(point.detach(), level) if self.probes else residual.new_zeros(len(z), 1, m)
+        curved = self.probes and not self.obs.linear(point)
+        q = self._curvature(point.detach(), level) if curved else residual.new_zeros(len(z), 1, m)
 
         def pull(u: Tensor) -> tuple[Tensor, Tensor]:
             """Hᵀ u and J Hᵀ u, by the operator's and the denoiser's vector-Jacobian product (J is symmetric)."""

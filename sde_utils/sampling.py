@@ -1,6 +1,7 @@
 """Reverse-time sampling: one loop, and predictors and correctors as plain functions of (sde, denoiser, x, t, s, generator).
 
 A predictor goes from time t to an earlier time s. Noise is added only where σ(s) > 0, so that a step that ends on clean data is clean.
+One with memory is an object, `Multistep()`; `sample` takes a fresh one for each run.
 """
 
 from __future__ import annotations
@@ -77,6 +78,30 @@ def heun(sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: 
     return r_s * (z + (sigma_s - sigma_t) * (slope + slope_s) / 2)
 
 
+class Multistep:
+    r"""DPM-Solver++(2M): order 2 for one network call a step, by the memory of the step before. With λ = -ln σ and h = λ_s - λ_t,
+
+    `z_s = q z_t + (1 - q) (D + h / (2 h') (D - D'))`, `q = σ_s / σ_t`, D = D(z_t, σ_t), and D', h' those of the step before.
+
+    A step that does not begin at the time where the last one ended has no memory and is `euler`'s; so is one to σ_s = 0.
+    x: (B, *dims); 1 >= t > s >= 0. `generator` is not used. Returns x_s.
+    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[float, Tensor, Tensor] | None = None  # s, h and D of the last step
+
+    def __call__(self, sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: torch.Generator | None = None) -> Tensor:
+        z, q = x / expand(sde.scale(t), x), expand(sde.sigma(s) / sde.sigma(t), x)
+        x0_hat, h = sde.denoise(denoiser, x, t), -q.log()
+        ahead = x0_hat
+        if self._last is not None and self._last[0] == t and self._last[2].shape == x.shape and holds(q > 0):
+            _, last_h, last_x0_hat = self._last
+            ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
+        self._last = s, h, x0_hat
+        return expand(sde.scale(s), x) * (q * z + (1 - q) * ahead)
+
+
 @dataclass(frozen=True)
 class Langevin:
     r"""Corrector: `steps` Langevin moves at fixed t, `x <- x + e s + sqrt(2e) n`, s the score, `e = 2 (snr |n| / |s|)²`.
@@ -130,7 +155,7 @@ def karras_times(sde: SDE, steps: int, rho: float = 7.0, sigma_min: float = 0.01
 
 def _grid(sde: SDE, steps: int, times: Sequence[float] | Tensor | None, predictor: Predictor) -> list[float]:
     if times is None:
-        return karras_times(sde, steps) if predictor in (euler, heun) else uniform_times(steps)
+        return karras_times(sde, steps) if predictor in (euler, heun) or isinstance(predictor, Multistep) else uniform_times(steps)
     return check_times(times)
 
 
@@ -172,8 +197,8 @@ def sample(
     the factor s² / (s² + σ²) in variance. w = 1/2 is Heun's step with the slope -σ ∇log p -> 0 at its end: right to O(σ⁴) for a smooth
     density, but it leaves half the noise around atoms. VE has σ(0) = σ_min > 0 and takes this step after t = 0, one network call more.
 
-    Args: x: (B, *dims), as from `sde.prior`. steps: network steps, if `times` is None; then `karras_times` for `euler` and `heun`,
-    `uniform_times` for the stochastic ones. times: decreasing, within [0, 1]; one that ends above 0 returns x at that time.
+    Args: x: (B, *dims), as from `sde.prior`. steps: network steps, if `times` is None; then `karras_times` for `euler`, `heun` and
+    `Multistep`, `uniform_times` for the stochastic ones. times: decreasing, within [0, 1]; one that ends above 0 returns x at that time.
     corrector: called after each step to a time with σ > 0. trajectory: return all len(times) states, the last one clean.
     Returns: (B, *dims), or (len(times), B, *dims). Raises `ValueError`/`TypeError` before any work for bad arguments,
     `FloatingPointError` naming the step that left the finite numbers.
@@ -184,6 +209,8 @@ def sample(
     path = [x]
     pairs = list(pairwise(grid))
     clean = grid[-1] == 0
+    if isinstance(predictor, Multistep):
+        predictor = type(predictor)()  # without the memory of another run
     if clean and not holds(sde.sigma(0.0) > 0):
         pairs.pop()
     for i, (t, s) in enumerate(tqdm(pairs, desc="sampling", file=sys.stdout, disable=not progress, mininterval=1.0)):

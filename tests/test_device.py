@@ -59,7 +59,7 @@ def test_sampling(fake, kind):
     x = torch.randn(4, 2, device=fake)
     denoiser = su.IsotropicMixture(torch.randn(3, 2, device=fake), 0.1) if kind == "mixture" else network(fake)
     for sde in (su.VESDE(), su.VPSDE()):
-        for predictor in (su.euler_maruyama, su.ancestral, su.euler, su.heun):
+        for predictor in (su.euler_maruyama, su.ancestral, su.euler, su.heun, su.Multistep()):
             check(su.sample(sde, denoiser, x, times=[1.0, 0.5, 0.1, 0.0], predictor=predictor, corrector=su.Langevin()), (4, 2))
         check(su.sample(sde, denoiser, x, steps=3, trajectory=True), (4, 4, 2))
 

@@ -219,6 +219,27 @@ def test_calls_and_products_are_no_more_than_the_formula_needs():
         assert (calls.calls, len(products)) == (1, expected), method
 
 
+def test_linear_operators_are_told_from_others_and_spare_mmps_its_probes():
+    """Affine, clipped, slightly curved, odd and moduli are not linear; A is called once on x̂ where it is, 2 probes more where it is not."""
+    x0 = torch.zeros(3, 4, dtype=torch.float64)
+    matrix = torch.randn(2, 4, dtype=torch.float64, generator=rng(60))
+    for operator in (identity, lambda x: x @ matrix.T.to(x), lambda x: x[:, :1] * 0):
+        assert Observation(operator, 0.0, 0.1).linear(x0)
+        assert Observation(operator, 0.0, 0.1).linear(x0.float())
+    crooked = [lambda x: x + 1, lambda x: x.clamp(-50, 50), lambda x: x + 1e-3 * x**2, torch.tanh, torch.abs, torch.exp, lambda x: x.norm(dim=1)]
+    for operator in crooked:
+        assert not Observation(operator, 0.0, 0.1).linear(x0)
+        assert not Observation(operator, 0.0, 0.1).linear(x0.float())
+    for operator, again in ((lambda x: x @ matrix.T, 1), (lambda x: (x @ matrix.T).tanh(), 1 + 1 + 2 * 16)):
+        seen = []
+        obs = Observation(lambda x, f=operator, seen=seen: (seen.append(1), f(x))[1], torch.zeros(2, dtype=torch.float64), 0.1)
+        guided = MMPS(gaussian(dim=4), obs)
+        guided(x0, 1.0)
+        seen.clear()
+        guided(x0, 0.5)
+        assert len(seen) == again
+
+
 def test_pigdm_refuses_a_non_linear_operator(roll):
     with pytest.raises(ValueError, match="linear"):
         PiGDM(roll, Observation(product, 0.2, 0.1))(torch.zeros(3, 2), 1.0)

@@ -12,6 +12,7 @@ from sde_utils import (
     VPSDE,
     IsotropicMixture,
     Langevin,
+    Multistep,
     ancestral,
     euler,
     euler_maruyama,
@@ -95,7 +96,7 @@ def test_langevin_has_the_stationary_variance_of_its_step(name):
 
 
 @pytest.mark.parametrize("name", ["ve", "vp"])
-@pytest.mark.parametrize(("predictor", "order"), [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize(("predictor", "order"), [(euler, 1), (heun, 2), (Multistep(), 2)])
 def test_convergence_orders(two_modes, name, predictor, order):
     """Halving the step divides the error by 2^order: against the closed-form flow of a Gaussian, and a fine reference for two modes."""
     sde = SDES[name]
@@ -111,6 +112,28 @@ def test_convergence_orders(two_modes, name, predictor, order):
         errors = [float((end(denoiser, n) - truth).norm()) for n in (100, 200, 400)]
         for coarse, fine in pairwise(errors):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_multistep_is_its_formula_and_forgets_between_runs(name):
+    """Three steps on a Gaussian against the recursion written out: D = c z, c = v / (v + σ²); one call a step, twice with one object."""
+    sde, v = SDES[name], 0.5
+    levels, predictor = [10.0, 4.0, 1.0, 0.3], Multistep()
+    times = [float(sde.time(sigma)) for sigma in levels]
+    z, last = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None], None
+    expected = z
+    for sigma_t, sigma_s in pairwise(levels):
+        d, h = v / (v + sigma_t**2) * expected, math.log(sigma_t / sigma_s)
+        ahead = d if last is None else d + h / (2 * last[0]) * (d - last[1])
+        expected, last = sigma_s / sigma_t * expected + (1 - sigma_s / sigma_t) * ahead, (h, d)
+    for _ in range(2):
+        calls = Recorder(gaussian(0, v))
+        x = sample(sde, calls, z * sde.scale(times[0]), times=times, predictor=predictor)
+        torch.testing.assert_close(x / sde.scale(times[-1]), expected)
+        assert calls.calls == 3
+    by_hand = euler(sde, gaussian(0, v), z * sde.scale(times[0]), *times[:2])
+    torch.testing.assert_close(predictor(sde, gaussian(0, v), z * sde.scale(times[0]), *times[:2]), by_hand)
+    torch.testing.assert_close(predictor(sde, gaussian(0, v), z * sde.scale(times[0]), *times[:2]), by_hand)  # not where the last ended
 
 
 def test_heun_is_exact_for_a_point_mass(sde):
