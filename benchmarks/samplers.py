@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sde_utils import VESDE, VPSDE, ancestral, euler_maruyama, heun, karras_times, sample
+from sde_utils import VESDE, VPSDE, Multistep, ancestral, euler_maruyama, heun, karras_times, sample
 
 from .common import Denoise
 
@@ -32,7 +32,15 @@ def sde_utils() -> dict[str, Sampler]:
     def ode(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
         return sample(ve, denoiser, HIGH * noise, times=karras_times(ve, (calls + 1) // 2), predictor=heun)
 
-    return {"sde_utils: Euler–Maruyama": maruyama, "sde_utils: ancestral (VP)": ancestral_vp, "sde_utils: Heun": ode}
+    def multistep(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
+        return sample(ve, denoiser, HIGH * noise, steps=calls, predictor=Multistep())
+
+    return {
+        "sde_utils: Euler–Maruyama": maruyama,
+        "sde_utils: ancestral (VP)": ancestral_vp,
+        "sde_utils: Heun": ode,
+        "sde_utils: Multistep": multistep,
+    }
 
 
 def azula_denoiser(denoiser: Denoise, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]) -> nn.Module:

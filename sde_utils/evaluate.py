@@ -23,7 +23,7 @@ from .guidance import DPS, MMPS, Annealed, Observation, PiGDM
 from .metrics import central_interval, frechet_distance, psnr, total_variation
 from .networks import Denoiser, load_pretrained
 from .operators import Blur, Downsampling, Inpainting, Radon, box_mask, motion_kernel
-from .sampling import Langevin, ancestral, euler_maruyama, heun, karras_times, sample
+from .sampling import Langevin, Multistep, ancestral, euler_maruyama, heun, karras_times, sample
 from .sde import SDE, VESDE, VPSDE
 from .smc import twisted_smc
 
@@ -34,6 +34,7 @@ CALLS = {
     "predictor–corrector": (50, 100, 250, 1000),
     "ancestral": (10, 25, 50, 100),
     "Heun": (5, 9, 17, 35, 69),
+    "multistep": (5, 9, 17, 35),
 }
 PARTS = ("problems", "exact", "quality")
 TASKS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # operator and σ_y
@@ -56,6 +57,8 @@ def generate(sde: SDE, denoiser: Denoiser, name: str, calls: int, x: Tensor, gen
     last = int(float(sde.sigma(0.0)) > 0)  # VE's step from σ_min to clean data is one call more
     if name == "Heun":
         return sample(sde, network, x, times=karras_times(sde, (calls + 1) // 2), predictor=heun)
+    if name == "multistep":
+        return sample(sde, network, x, steps=calls, predictor=Multistep())
     if name == "ancestral":
         return sample(sde, network, x, times=karras_times(sde, calls), predictor=ancestral, generator=generator)
     if name == "Euler–Maruyama":

@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = read(checkpoint, facts) if checkpoint.exists() else None
 
     torch.manual_seed(settings.seed)
-    denoiser = Denoiser(UNet(widths=settings.widths), SIGMA_DATA).to(device).to(memory_format=torch.channels_last)
+    denoiser = Denoiser(UNet(widths=settings.widths), SIGMA_DATA).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to torch 2.4's stubs
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=settings.lr, betas=(0.9, 0.99))
     first, seconds = 0, 0.0

@@ -13,6 +13,10 @@ import sde_utils as su
 @pytest.fixture
 def fake():
     with FakeTensorMode():
+        try:
+            torch.zeros(1, device="cuda")[0]
+        except RuntimeError:
+            pytest.skip("this torch (2.4) asks the driver before it indexes a pretended CUDA tensor")
         yield torch.device("cuda")
 
 
