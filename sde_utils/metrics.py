@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_batch, check_count, randn_like
+from ._checks import check_batch, check_count, check_positive, randn_like
 from .data import swiss_roll_parameter
 
 
@@ -95,5 +95,15 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, truth: Tensor, peak: float = 2.0) -> Tensor:
-    """`10 log10(peak² / mean |x - truth|²)` in dB for each sample; peak 2 is that of images in [-1, 1]. (B, *dims), or broadcast. (B,)."""
+    """`10 log10(peak² / mean |x - truth|²)` in dB for each sample; peak 2 is that of images in [-1, 1]. Returns (B,).
+
+    x, truth: (B, *dims), or one of them (1, *dims). Raises `ValueError` where they do not fit.
+    """
+    check_batch(x)
+    check_batch(truth, "truth")
+    check_positive(peak=peak)
+    if x.shape[1:] != truth.shape[1:] or len(truth) not in (1, len(x)) and len(x) != 1:
+        raise ValueError(
+            f"x and truth must have the same shape (B, *dims), B = 1 for one of them, got {tuple(x.shape)} and {tuple(truth.shape)}"
+        )
     return 10 * torch.log10(peak**2 / (x - truth).square().flatten(1).mean(1))

@@ -129,12 +129,12 @@ def draw_images(ax: Axes, x: Tensor, columns: int, **options: Any) -> None:
     ax.set_axis_off()
 
 
-def posterior_figure(truth: Tensor, baseline: Tensor, results: dict[str, Tensor], draws: int = 4, data: Tensor | None = None) -> Figure:
+def posterior_figure(truth: Tensor, baseline: Tensor | None, results: dict[str, Tensor], draws: int = 4, data: Tensor | None = None) -> Figure:
     """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W).
 
-    data: an image of what was observed, (1, 1, h, w), shown as a square, from its least to its largest value.
+    baseline: None leaves its column out. data: an image of what was observed, (1, 1, h, w), shown as a square, from its least to its largest value.
     """
-    given = {"truth": truth} | ({} if data is None else {"data": data}) | {"baseline": baseline}
+    given = {name: x for name, x in {"truth": truth, "data": data, "baseline": baseline}.items() if x is not None}
     titles = [*given, *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
     figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25))
     for row, (name, x) in zip(axes, results.items(), strict=True):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,12 @@ def test_coverage_of_exchangeable_draws_is_the_level(draws):
 def test_psnr():
     x = torch.zeros(3, 1, 4, 4)
     assert psnr(x + torch.tensor([0.2, 0.02, 2.0])[:, None, None, None], x).tolist() == pytest.approx([20, 40, 0], abs=1e-4)
+    assert psnr(x[:1] + 0.2, x.expand(3, *x.shape[1:])).tolist() == pytest.approx([20] * 3, abs=1e-4)
+    for bad in ((x, x[..., :2]), (x.expand(3, *x.shape[1:]), x.expand(2, *x.shape[1:])), (x * math.nan, x)):
+        with pytest.raises(ValueError, match="x"):
+            psnr(*bad)
+    with pytest.raises(ValueError, match="peak"):
+        psnr(x, x, peak=0.0)
 
 
 def test_bad_input_is_refused():
