@@ -102,7 +102,7 @@ def psnr(x: Tensor, truth: Tensor, peak: float = 2.0) -> Tensor:
     check_batch(x)
     check_batch(truth, "truth")
     check_positive(peak=peak)
-    if x.shape[1:] != truth.shape[1:] or len(truth) not in (1, len(x)) and len(x) != 1:
+    if x.shape[1:] != truth.shape[1:] or min(len(x), len(truth)) not in (1, max(len(x), len(truth))):
         raise ValueError(
             f"x and truth must have the same shape (B, *dims), B = 1 for one of them, got {tuple(x.shape)} and {tuple(truth.shape)}"
         )

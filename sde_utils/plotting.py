@@ -132,7 +132,7 @@ def draw_images(ax: Axes, x: Tensor, columns: int, **options: Any) -> None:
 def posterior_figure(truth: Tensor, baseline: Tensor | None, results: dict[str, Tensor], draws: int = 4, data: Tensor | None = None) -> Figure:
     """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W).
 
-    baseline: None leaves its column out. data: an image of what was observed, (1, 1, h, w), shown as a square, from its least to its largest value.
+    baseline None leaves its column out. data: what was observed as an image, (1, 1, h, w), a square here, from its least to its largest value.
     """
     given = {name: x for name, x in {"truth": truth, "data": data, "baseline": baseline}.items() if x is not None}
     titles = [*given, *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]

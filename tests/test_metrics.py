@@ -57,7 +57,7 @@ def test_psnr():
     x = torch.zeros(3, 1, 4, 4)
     assert psnr(x + torch.tensor([0.2, 0.02, 2.0])[:, None, None, None], x).tolist() == pytest.approx([20, 40, 0], abs=1e-4)
     assert psnr(x[:1] + 0.2, x.expand(3, *x.shape[1:])).tolist() == pytest.approx([20] * 3, abs=1e-4)
-    for bad in ((x, x[..., :2]), (x.expand(3, *x.shape[1:]), x.expand(2, *x.shape[1:])), (x * math.nan, x)):
+    for bad in ((x, x[..., :2]), (x, x[:2]), (x * math.nan, x)):
         with pytest.raises(ValueError, match="x"):
             psnr(*bad)
     with pytest.raises(ValueError, match="peak"):
