@@ -43,6 +43,12 @@ def check_batch(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must be finite, but holds NaN or infinity")
 
 
+def check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = f"{type(generator).__name__} {generator!r}"
+        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0), got {got}")
+
+
 def expand(value: float | Tensor, x: Tensor, name: str = "t") -> Tensor:
     """A float, scalar tensor or (B,) tensor, shaped to broadcast over x of shape (B, *dims), in its dtype and device."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
@@ -55,6 +61,7 @@ def expand(value: float | Tensor, x: Tensor, name: str = "t") -> Tensor:
 
 def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal noise like `x`, drawn where the generator lives."""
+    check_generator(generator)
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 

@@ -148,7 +148,7 @@ def swiss_roll_density(noise: float = 0.2, nodes: int = 800) -> IsotropicMixture
     """
     check_positive(noise=noise)
     check_count(nodes=nodes)
-    u, w = (torch.as_tensor(a) for a in gauss_legendre(nodes))
+    u, w = (torch.as_tensor(a, device="cpu") for a in gauss_legendre(nodes))
     return IsotropicMixture(swiss_roll_curve(u, noise), (noise / swiss_roll_scaling(noise)[1]) ** 2, w)
 
 

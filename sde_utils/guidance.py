@@ -1,10 +1,12 @@
 """Guidance turns a denoiser into a denoiser: `D_y(z, σ) = D(z, σ) + σ² ∇_z log p(y | z)`. The methods differ in what stands for p(y | z).
 
-Stiffness: with a likelihood of width σ_y the correction grows like σ²/σ_y², 10⁷ for σ = 30 and σ_y = 0.01, far beyond what any explicit
-sampler's step can follow. The exact correction cannot do that: it is E[x_0 | z, y] - E[x_0 | z], a shift of a mean, and m observed numbers
-shift it along m directions, by a few σ each at most. So each sample's correction is held to `max_shift` σ sqrt(m), or sqrt(d) where the
-dimension d is smaller. Where σ is below σ_y, where the width of the result is decided, this changes nothing. PiGDM and MMPS divide by a
-variance that grows with σ and are not stiff; their bound, 10, rarely acts.
+Stiffness: DPS divides by σ_y² alone. Its correction is σ² Jᵀ Hᵀ (y - A(x̂)) / σ_y², and with σ² J = Cov[x_0 | z] its slope in z is about
+|H|² Cov[x_0 | z]² / (σ² σ_y²). At large σ, where Cov[x_0 | z] is the data's variance v, that falls like v² / (σ² σ_y²); at small σ, where it
+is σ² along the data, it is σ² / σ_y². Between the two it is steepest, and where σ_y is far below the data's size no explicit step follows it.
+The exact correction is never that steep: it is E[x_0 | z, y] - E[x_0 | z], a shift of a mean, and m observed numbers shift it along m
+directions, by a few σ each at most. So each sample's correction is held to `max_shift` σ sqrt(m), or sqrt(d) where the dimension d is
+smaller. Where σ is below σ_y, where the width of the result is decided, this changes nothing. PiGDM and MMPS divide by a variance that grows
+with σ and are not stiff; their bound, 10, rarely acts.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Observation:
         if not callable(operator):
             raise TypeError(f"operator must be callable, got {type(operator).__name__}")
         check_positive(noise_std=noise_std)
-        y = y if isinstance(y, Tensor) else torch.tensor(y, dtype=torch.float64)
+        y = y if isinstance(y, Tensor) else torch.tensor(y, dtype=torch.float64, device="cpu")
         if not y.is_floating_point():
             raise TypeError(f"y must be a floating-point number or tensor, got {y.dtype}")
         if not holds(y.isfinite().all()):
@@ -44,10 +46,15 @@ class Observation:
 
     def residual(self, x0: Tensor) -> Tensor:
         """y - A(x_0), (B, *obs_dims)."""
+        version = None if x0.is_inference() else x0._version
         predicted = self.operator(x0)
+        if version is not None and x0._version != version:
+            raise ValueError("operator must not change its argument in place: begin it with x = x.clone()")
         if not isinstance(predicted, Tensor) or predicted.shape[:1] != x0.shape[:1]:
             got = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
             raise ValueError(f"operator must map (B, *dims) to (B, *obs_dims) with B = {len(x0)}, got {got}")
+        if not predicted.is_floating_point():
+            raise TypeError(f"operator must return real floating-point numbers (torch.view_as_real for complex ones), got {predicted.dtype}")
         if self.y.shape not in (predicted.shape, predicted.shape[1:]):
             one, all_ = tuple(predicted.shape[1:]), tuple(predicted.shape)
             raise ValueError(f"y must have shape {one} or {all_} to match A(x_0), got {tuple(self.y.shape)}")
@@ -57,17 +64,20 @@ class Observation:
         return self.y.to(predicted) - predicted
 
     def linear(self, x0: Tensor) -> bool:
-        """Whether A(u + v) = A(u) + A(v) up to rounding, for random u and v like x0, (B, *dims); asked once for each shape.
+        """Whether A(0) = 0 and A(u + v) = A(u) + A(v) up to rounding, for 64 random u and v of the shape of one of x0, (B, *dims).
 
-        Their entries are ten times cubes of normals, small and large ones, so that a clipped or nearly linear operator shows itself too.
+        Asked once for each shape. 64 rows whatever B is: an operator with few outputs can be additive on a few by luck. Their entries are
+        ten times cubes of normals, small and large ones, so that a clipped or nearly linear operator shows itself too.
         """
         key = ("linear", x0.shape[1:], x0.dtype)
         if key not in self._matrices:
-            u, v = 10 * torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x0) ** 3
+            normal = torch.randn(2, 64, *x0.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+            u, v = 10 * normal.to(x0) ** 3
             with torch.no_grad():
-                parts, whole = (self.operator(u), self.operator(v)), self.operator(u + v)
+                parts, whole, zero = (self.operator(u), self.operator(v)), self.operator(u + v), self.operator(torch.zeros_like(u[:1]))
             size = sum(part.abs().max() for part in parts)
-            self._matrices[key] = holds((whole - parts[0] - parts[1]).abs().max() <= 1e3 * torch.finfo(x0.dtype).eps * size)
+            additive = (whole - parts[0] - parts[1]).abs().max() <= 1e3 * torch.finfo(x0.dtype).eps * size
+            self._matrices[key] = holds(additive & (zero == 0).all())
         return self._matrices[key]
 
     def matrix(self, x0: Tensor) -> Tensor:
@@ -238,7 +248,7 @@ class MMPS(_Guided):
 
     Exact for Gaussian data and linear A, where C = 0. For other A, C is the second moment of what the linearisation leaves out,
     `q = (A(x̂ + δ) + A(x̂ - δ))/2 - A(x̂)` over `probes` fixed δ ~ N(0, ρ² I), `ρ² = σ² s²/(σ² + s²)`, s = `size` that of the data;
-    probes = 0 gives the published method. It costs calls of A only, and none where A is found linear.
+    probes = 0 leaves C out; the published method is for linear A. C costs calls of A only, and none where A is found linear.
     Up to `dense` observed numbers S is built, by one vector-Jacobian product each; where a learned J is not positive, the direction has no
     say. Above that S⁻¹(y - A(x̂)) comes from `iterations` conjugate-gradient steps with the diagonal of C, one product each and one at the
     end; log p(y | z) builds S in any case. Source: Rozet et al. 2024 (arXiv 2405.13712), section 4.2; C is ours.
@@ -258,7 +268,8 @@ class MMPS(_Guided):
     def _curvature(self, x0_hat: Tensor, level: Tensor) -> Tensor:
         """q for each probe, (B, probes, m)."""
         rho = level * self.size / (level**2 + self.size**2).sqrt()
-        directions = torch.randn(self.probes, *x0_hat.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x0_hat)
+        shape, generator = (self.probes, *x0_hat.shape[1:]), torch.Generator().manual_seed(0)
+        directions = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(x0_hat)
         with torch.no_grad():
             centre = self.obs.operator(x0_hat)
             pairs = ((self.obs.operator(x0_hat + rho * d), self.obs.operator(x0_hat - rho * d)) for d in directions)

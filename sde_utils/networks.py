@@ -37,6 +37,8 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.config["dim"]:
+            raise ValueError(f"x must have shape (B, {self.config['dim']}) for this MLP, got {tuple(x.shape)}")
         angles = c[:, None] * self.frequencies  # (B, frequencies)
         h = self.first(x) + self.embed(torch.cat([c[:, None], angles.cos(), angles.sin()], dim=1))
         for block in self.blocks:
@@ -155,6 +157,9 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         check_batch(z, "z")
+        own = next(self.parameters(), z).dtype
+        if z.dtype != own:
+            raise TypeError(f"z must have the network's dtype, {own}, got {z.dtype}: data.float(), or denoiser.double()")
         sigma = expand(sigma, z, "sigma")
         if not holds((sigma >= 0).all()):
             raise ValueError("sigma must be non-negative")

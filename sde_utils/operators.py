@@ -127,7 +127,7 @@ def _spread(row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
 
 
 class Radon:
-    r"""Parallel-beam projections: `y[a, k] = ∫ x(k cos θ_a - l sin θ_a, k sin θ_a + l cos θ_a) dl` in pixels, y downward as rows go:
+    r"""Parallel-beam projections: `y[a, k] = ∫ x(k cos θ_a + l sin θ_a, l cos θ_a - k sin θ_a) dl`, x(column, row) in pixels from the centre:
     (B, C, H, H) -> (B, C, len(angles), H). Detectors k one pixel apart, the middle one through the image's centre.
 
     Pixels are summed along each ray with bilinear interpolation, as in scikit-image.

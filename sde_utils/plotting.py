@@ -115,7 +115,7 @@ def draw_mass(ax: Axes, masses: dict[str, Tensor], label: str = "parameter of th
     styles: Sequence[str] = ["-", "--", "-.", ":"]
     for i, (name, mass) in enumerate(masses.items()):
         edges = torch.linspace(0, 1, len(mass) + 1)
-        ax.stairs(mass.cpu(), edges, label=name, color=[BLACK, BLUE, ORANGE, GREEN, RED, PURPLE][i], linestyle=styles[i % 4], linewidth=1.8)
+        ax.stairs(mass.cpu(), edges, label=name, color=[BLACK, BLUE, ORANGE, GREEN, RED, PURPLE][i % 6], linestyle=styles[i % 4], linewidth=1.8)
     ax.set(xlabel=label, ylabel="share of samples", xlim=(0, 1))
     ax.legend()
 
@@ -136,7 +136,7 @@ def posterior_figure(truth: Tensor, baseline: Tensor | None, results: dict[str, 
     """
     given = {name: x for name, x in {"truth": truth, "data": data, "baseline": baseline}.items() if x is not None}
     titles = [*given, *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
-    figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25))
+    figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25), squeeze=False)
     for row, (name, x) in zip(axes, results.items(), strict=True):
         mean = x.mean(0, keepdim=True)
         for ax, title, image in zip(row, titles, [*given.values(), *x[:draws].split(1), mean], strict=False):

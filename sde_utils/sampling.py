@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import check_batch, check_count, check_positive, expand, holds, randn_like
+from ._checks import check_batch, check_count, check_generator, check_positive, expand, holds, randn_like
 from .sde import SDE, Denoise
 
 Predictor = Callable[..., Tensor]  # (sde, denoiser, x, t, s, generator) -> x_s
@@ -54,7 +54,7 @@ def euler(sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator:
     r"""Euler's step for the probability-flow ODE in σ: `z_s = z_t + (σ_s - σ_t) (z_t - D(z_t, σ_t)) / σ_t`. Order 1; the same as DDIM.
 
     x: (B, *dims); 1 >= t > s >= 0. `generator` is not used. Returns x_s.
-    Source: Karras et al. 2022 (arXiv 2206.00364), eq. 3; Song et al. 2020 (arXiv 2010.02502), eq. 13.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without lines 6 to 8; Song et al. 2020 (arXiv 2010.02502), eq. 13.
     """
     z, ratio = x / expand(sde.scale(t), x), expand(sde.sigma(s) / sde.sigma(t), x)
     x0_hat = sde.denoise(denoiser, x, t)
@@ -159,6 +159,12 @@ def _grid(sde: SDE, steps: int, times: Sequence[float] | Tensor | None, predicto
     return check_times(times)
 
 
+def check_sde(sde: SDE) -> None:
+    if not isinstance(sde, SDE):
+        got = f"the class {sde.__name__}: write {sde.__name__}()" if isinstance(sde, type) else type(sde).__name__
+        raise TypeError(f"sde must be an SDE, got {got}")
+
+
 def check_times(times: Sequence[float] | Tensor) -> list[float]:
     """`times` as a list; `ValueError` unless they decrease within [0, 1] and are at least two."""
     times = [float(t) for t in times]
@@ -205,6 +211,12 @@ def sample(
     """
     check_batch(x)
     check_positive(last_step=last_step)
+    check_sde(sde)
+    check_generator(generator)
+    for name, step in (("predictor", predictor), ("corrector", corrector)):
+        if isinstance(step, type) or (step is not None and not callable(step)):
+            got = f"the class {step.__name__}: write {step.__name__}()" if isinstance(step, type) else f"{type(step).__name__} {step!r}"
+            raise TypeError(f"{name} must be a function of one step, as `su.heun`, got {got}")
     grid = _grid(sde, steps, times, predictor)
     path = [x]
     pairs = list(pairwise(grid))
@@ -252,9 +264,11 @@ def log_likelihood(
     """
     check_batch(x0, "x0")
     check_count(steps=steps)
+    check_sde(sde)
+    check_generator(generator)
     sigma = float(sde.sigma(0.0)) or 0.01 if sigma is None else sigma
     check_positive(sigma=sigma)
-    z, dim, top = x0, x0[0].numel(), float(sde.sigma(1.0))
+    z, dim, top = x0.detach(), x0[0].numel(), float(sde.sigma(1.0))
     sde.time(sigma)  # refuses a σ out of range
     if probes is None:
         vectors = torch.eye(dim, dtype=x0.dtype, device=x0.device).reshape(dim, 1, *x0.shape[1:]).expand(dim, *x0.shape)

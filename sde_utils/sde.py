@@ -18,7 +18,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # D(z, sigma) -> E[x_0 | z]
 
 def as_time(t: float | Tensor) -> Tensor:
     """`t` as a floating-point tensor (a Python number in float64); `ValueError` outside [0, 1]."""
-    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
     if not t.is_floating_point():
         raise TypeError(f"t must be a floating-point tensor, got {t.dtype}")
     if not holds(((t >= 0) & (t <= 1)).all()):
@@ -101,7 +101,7 @@ class SDE(ABC):
         return torch.stack(path)
 
     def _check_sigma(self, sigma: float | Tensor) -> Tensor:
-        sigma = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        sigma = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64, device="cpu")
         low, high = self.sigma(0.0), self.sigma(1.0)
         slack = 256 * torch.finfo(sigma.dtype).eps
         if not holds(((sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))).all()):

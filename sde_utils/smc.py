@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._checks import check_batch, check_count, check_positive, expand, randn_like
+from ._checks import check_batch, check_count, check_generator, check_positive, expand, randn_like
 from .guidance import _Guided
-from .sampling import check_times, karras_times
+from .sampling import check_sde, check_times, karras_times
 from .sde import SDE
 
 
@@ -74,6 +74,12 @@ def twisted_smc(
     check_batch(x)
     if not isinstance(guided, _Guided):
         raise TypeError(f"guided must be a guided denoiser (MMPS, PiGDM, DPS, Annealed), got {type(guided).__name__}")
+    if getattr(guided, "zeta", None) is not None:
+        raise ValueError("guided must stand for a likelihood, but DPS with zeta (Algorithm 1) has none: leave zeta out")
+    if guided.obs.y.ndim and guided.obs.y.shape == getattr(guided.obs.operator(x), "shape", None):
+        raise ValueError(f"guided.obs.y must be one observation, since particles are exchanged, got one for each: {tuple(guided.obs.y.shape)}")
+    check_sde(sde)
+    check_generator(generator)
     check_positive(resample_below=resample_below, last_step=last_step)
     informed = 10 * getattr(guided.denoiser, "sigma_data", math.inf)
     grid = karras_times(sde, steps, sigma_max=min(float(sde.sigma(1.0)), 2 * informed)) if times is None else check_times(times)

@@ -122,6 +122,8 @@ def test_bad_input_is_refused(roll):
         Observation(identity, torch.zeros(3), 0.1).log_likelihood(x0)
     with pytest.raises(ValueError, match="operator must map"):
         Observation(lambda x: x.sum(), 0.0, 0.1).log_likelihood(x0)
+    with pytest.raises(TypeError, match="view_as_real"):
+        Observation(torch.fft.fft, torch.zeros(2), 0.1).log_likelihood(x0)
     with pytest.raises(TypeError, match="obs"):
         DPS(roll, 0.2)
     with pytest.raises(TypeError, match="denoiser"):
@@ -226,7 +228,8 @@ def test_linear_operators_are_told_from_others_and_spare_mmps_its_probes():
     for operator in (identity, lambda x: x @ matrix.T.to(x), lambda x: x[:, :1] * 0):
         assert Observation(operator, 0.0, 0.1).linear(x0)
         assert Observation(operator, 0.0, 0.1).linear(x0.float())
-    crooked = [lambda x: x + 1, lambda x: x.clamp(-50, 50), lambda x: x + 1e-3 * x**2, torch.tanh, torch.abs, torch.exp, lambda x: x.norm(dim=1)]
+    crooked = [lambda x: x + 1e-4, lambda x: x[:, :1].abs(), lambda x: x[:, :1].relu()]
+    crooked += [lambda x: x + 1, lambda x: x.clamp(-50, 50), lambda x: x + 1e-3 * x**2, torch.tanh, torch.abs, torch.exp, lambda x: x.norm(dim=1)]
     for operator in crooked:
         assert not Observation(operator, 0.0, 0.1).linear(x0)
         assert not Observation(operator, 0.0, 0.1).linear(x0.float())
@@ -254,6 +257,28 @@ def test_operators_that_cannot_be_used_are_named(roll):
         PiGDM(roll, Observation(product, 0.2, 0.1), variance=0.0)
     with pytest.raises(ValueError, match="zeta needs"):
         DPS(roll, Observation(product, 0.2, 0.1), zeta=1.0)
+
+
+def test_an_operator_that_masks_in_place_is_refused(roll):
+    """The natural way to write inpainting changes the denoiser's own output, and the hidden part is 0 in every draw."""
+
+    def masked(x):
+        x[:, 1:] = 0
+        return x
+
+    for use in (lambda obs: obs.log_likelihood(torch.ones(3, 2)), lambda obs: DPS(roll, obs)(torch.ones(3, 2), 1.0)):
+        with pytest.raises(ValueError, match="in place"):
+            use(Observation(masked, torch.zeros(2), 0.1))
+
+
+def test_one_row_says_as_much_about_linearity_as_many():
+    """|x| of one number is additive for a pair of one sign: 64 pairs settle it, whatever the batch; the posterior is refused too."""
+    prior = IsotropicMixture(torch.zeros(1, 1), 1.0)
+    for operator in (torch.abs, torch.relu, lambda x: x + 0.01):
+        for rows in (1, 4):
+            assert not Observation(operator, torch.zeros(1), 0.1).linear(torch.zeros(rows, 1))
+        with pytest.raises(ValueError, match="linear"):
+            prior.posterior(Observation(operator, torch.zeros(1), 0.1))
 
 
 def test_dps_with_zeta_is_algorithm_1_step_for_step(two_modes):

@@ -278,9 +278,31 @@ def test_likelihood_with_probes_is_unbiased(two_modes):
     assert estimate.std() > 0
 
 
+def test_the_slope_of_the_likelihood_is_not_half_a_score():
+    """What is detached along the path is detached at its end as well: no gradient rather than a wrong one."""
+    x = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
+    assert not log_likelihood(VESDE(), gaussian(), x, steps=4).requires_grad
+
+
 def test_bad_input_is_refused(two_modes):
     sde, x = VESDE(), torch.zeros(3, 1, dtype=torch.float64)
     calls = Recorder(two_modes)
+    for changes, name in [
+        ({"predictor": "heun"}, "predictor"),
+        ({"predictor": Multistep}, r"Multistep\(\)"),
+        ({"corrector": Langevin}, r"Langevin\(\)"),
+        ({"generator": 0}, "generator"),
+        ({"generator": 0, "predictor": heun}, "generator"),
+    ]:
+        with pytest.raises(TypeError, match=name):
+            sample(sde, calls, x, **changes)
+    for call in (sample, log_likelihood):
+        with pytest.raises(TypeError, match=r"VPSDE\(\)"):
+            call(VPSDE, calls, x)
+        with pytest.raises(TypeError, match="generator"):
+            call(sde, calls, x, generator=0)
+    with pytest.raises(TypeError, match="generator"):
+        sde.prior((3, 1), generator=0)
     for changes, error, name in [
         ({"steps": 0}, ValueError, "steps"),
         ({"steps": 2.0}, TypeError, "steps"),

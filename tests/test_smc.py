@@ -182,6 +182,14 @@ def test_bad_input_is_refused(two_modes):
     guided = MMPS(two_modes, OBS)
     with pytest.raises(TypeError, match="guided"):
         twisted_smc(sde, two_modes, x)
+    with pytest.raises(ValueError, match="one observation"):
+        twisted_smc(sde, MMPS(two_modes, Observation(identity, x, 1.0)), x)
+    with pytest.raises(ValueError, match="zeta"):
+        twisted_smc(sde, DPS(two_modes, OBS, zeta=1.0, sde=sde, times=(1.0, 0.0)), x)
+    with pytest.raises(TypeError, match="generator"):
+        twisted_smc(sde, guided, x, generator=0)
+    with pytest.raises(TypeError, match=r"VESDE\(\)"):
+        twisted_smc(VESDE, guided, x)
     for changes, name in [({"steps": 0}, "steps"), ({"times": [0.5, 0.2]}, "end at 0"), ({"times": [0.2, 0.5]}, "decrease")]:
         with pytest.raises(ValueError, match=name):
             twisted_smc(sde, guided, x, **changes)

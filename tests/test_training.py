@@ -163,6 +163,11 @@ def test_bad_input_is_refused():
             dsm_loss(denoiser, data, sigma)
     with pytest.raises(ValueError, match="sigma"):
         Denoiser(MLP())(data, -1.0)
+    with pytest.raises(TypeError, match=r"data\.float"):
+        Denoiser(MLP())(data.double(), 1.0)
+    for shape in ((10, 3), (10, 2, 2)):
+        with pytest.raises(ValueError, match=r"shape \(B, 2\)"):
+            Denoiser(MLP())(torch.zeros(shape), 1.0)
     with pytest.raises(ValueError, match="width"):
         MLP(width=0)
     with pytest.raises(ValueError, match="sigma_data"):
