@@ -82,7 +82,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     r"""`|μ_x - μ_y|² + tr(C_x + C_y - 2 (C_x C_y)^{1/2})`, the squared Wasserstein-2 distance of two Gaussians with the moments of x and y.
 
     x: (n, d), y: (m, d), features of samples; n, m > 1. Returns a scalar tensor, float64.
-    For samples of one law, its covariance C with eigenvalues λ, it is not 0 but about `(tr C + ½ Σ_ij λ_i λ_j (1 + δ_ij) / (λ_i + λ_j)) / n` where m is much larger than n.
+    Samples of one law, its covariance C with eigenvalues λ, come not to 0 but to about, for m much larger than n,
+    `(tr C + ½ Σ_ij λ_i λ_j (1 + δ_ij) / (λ_i + λ_j)) / n`.
     Source: Dowson & Landau 1982, J. Multivariate Anal. 12, eq. 4; for images Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     check_batch(x)
