@@ -228,8 +228,8 @@ def test_linear_operators_are_told_from_others_and_spare_mmps_its_probes():
     for operator in (identity, lambda x: x @ matrix.T.to(x), lambda x: x[:, :1] * 0):
         assert Observation(operator, 0.0, 0.1).linear(x0)
         assert Observation(operator, 0.0, 0.1).linear(x0.float())
-    crooked = [lambda x: x + 1e-4, lambda x: x[:, :1].abs(), lambda x: x[:, :1].relu()]
-    crooked += [lambda x: x.norm(dim=1), lambda x: x + 1, lambda x: x.clamp(-50, 50), lambda x: x + 1e-3 * x**2, torch.tanh, torch.abs, torch.exp]
+    crooked = [lambda x: x + 1e-4, lambda x: x[:, :1].abs(), lambda x: x[:, :1].relu(), lambda x: x.norm(dim=1)]
+    crooked += [lambda x: x + 1, lambda x: x.clamp(-50, 50), lambda x: x + 1e-3 * x**2, torch.tanh, torch.abs, torch.exp]
     for operator in crooked:
         assert not Observation(operator, 0.0, 0.1).linear(x0)
         assert not Observation(operator, 0.0, 0.1).linear(x0.float())
