@@ -1,0 +1,147 @@
+"""What doors ask of a user's arguments, once. Errors name the argument, what it was, and what to write.
+
+`TypeError` for a wrong kind of thing, `ValueError` for a wrong value. Only `batch`, `weights`,
+`linear` and `first_answer` look at the values in a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def require(holds: bool | Tensor, message: str) -> None:
+    """`ValueError` unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def what(value: object) -> str:
+    """What an argument was, in a few words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: write {value.__name__}(...)"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def number(
+    name: str, value: object, low: float = 0.0, high: float = math.inf, ends: str = "()"
+) -> float:
+    """The number as a float, in the interval; 0-d tensors and numpy's numbers are numbers."""
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Real):
+        value = value.item()  # type: ignore[attr-defined]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {what(value)}")
+    above = value > low or (ends[0] == "[" and value == low)
+    below = value < high or (ends[1] == "]" and value == high)
+    require(above and below, f"{name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value}")
+    return float(value)
+
+
+def count(name: str, value: object, least: int = 1, most: int = 10**6) -> int:
+    """The integer as an int; numpy's and 0-d tensors are integers."""
+    try:
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        n = None
+    if n is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {what(value)}")
+    require(least <= n <= most, f"{name} must lie in [{least}, {most:,}], got {n}")
+    return n
+
+
+def tensor(name: str, x: object) -> None:
+    """A real floating-point tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        remedy = "torch.as_tensor(x, dtype=torch.float32) makes one"
+        raise TypeError(f"{name} must be a floating-point tensor ({remedy}), got {what(x)}")
+
+
+def batch(name: str, x: Tensor, finite: bool = True) -> None:
+    """A floating-point tensor of shape (B, *dims), with finite values."""
+    tensor(name, x)
+    shape = tuple(x.shape)
+    require(x.ndim > 1 and x.numel(), f"{name} must have shape (B, *dims), B > 0, got {shape}")
+    require(not finite or x.isfinite().all(), f"{name} must be finite, but holds NaN or infinity")
+
+
+def weights(name: str, w: Tensor, n: int) -> None:
+    """Weights (n,), finite, non-negative, not all 0."""
+    tensor(name, w)
+    require(w.shape == (n,), f"{name} must have shape ({n},), got {tuple(w.shape)}")
+    good = w.isfinite().all() & (w >= 0).all() & (w.sum() > 0)
+    require(good, f"{name} must be finite, non-negative, not all 0; .exp() turns log-weights into such")
+
+
+def generator(value: object) -> None:
+    """A torch.Generator or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        expected = "a torch.Generator, as torch.Generator().manual_seed(0)"
+        raise TypeError(f"generator must be {expected}, got {what(value)}")
+
+
+def function(name: str, value: object, example: str) -> None:
+    """Callable, and no class: `Langevin` is not `Langevin()`."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} must be {example}, got {what(value)}")
+
+
+def shape(value: object) -> tuple[int, ...]:
+    """A tuple of sizes."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(n, int) for n in value):
+        raise TypeError(f"shape must be a tuple of ints, as (1000, 2), got {what(value)}")
+    return tuple(value)
+
+
+def linear(operator: Callable[[Tensor], Tensor], like: Tensor) -> None:
+    """A(0) = 0 and A(u + v) = A(u) + A(v), up to rounding, for 64 random u and v like (1, *dims).
+
+    64 rows: an operator of few outputs can be additive on a few by luck. Their entries are ten
+    times cubes of normals, small and large, so that a clipped operator shows itself too.
+    """
+    sizes, random = (2, 64, *like.shape[1:]), torch.Generator().manual_seed(0)
+    normal = torch.randn(sizes, generator=random, dtype=torch.float64, device="cpu")
+    u, v = (10 * normal**3).to(like.dtype).to(like.device)
+    with torch.no_grad():
+        a, b, both = operator(u), operator(v), operator(u + v)
+        zero = operator(torch.zeros_like(u[:1]))
+    bound = 1e3 * torch.finfo(like.dtype).eps * (a.abs().max() + b.abs().max())
+    good = ((both - a - b).abs().max() <= bound) & (zero == 0).all()
+    require(good, "operator must be linear here, but A(u + v) is not A(u) + A(v), or A(0) not 0: "
+                  "use MMPS, DPS or Annealed, or move an offset into y")  # fmt: skip
+
+
+def denoised(x0_hat: object, z: Tensor) -> None:
+    """What a denoiser returned: a tensor like z."""
+    if not isinstance(x0_hat, Tensor) or x0_hat.shape != z.shape or x0_hat.dtype != z.dtype:
+        raise TypeError(f"denoiser must return E[x_0 | z], {what(z)} as z, got {what(x0_hat)}")
+
+
+def first_answer(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The denoiser, its first answer looked at: type, shape, dtype and values."""
+    seen = False
+
+    def watched(z: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal seen
+        try:
+            x0_hat = denoiser(z, sigma)
+        except (IndexError, AttributeError) as error:
+            raise TypeError(
+                f"denoiser must take a scalar sigma, too ({error}): use sigma.expand(len(z)); "
+                "a bare network F(x, c) goes into su.Denoiser(F)"
+            ) from error
+        if not seen:
+            denoised(x0_hat, z)
+            if not x0_hat.isfinite().all():
+                raise FloatingPointError(f"denoiser returned NaN or infinity, sigma = {sigma}")
+            seen = True
+        return x0_hat
+
+    function("denoiser", denoiser, "a function D(z, sigma)")
+    return watched
