@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 
 from . import _check as check
 
@@ -56,9 +57,8 @@ def randn_like(x: Tensor, generator: Random = None) -> Tensor:
 
 def differentiable(denoiser: Denoise, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of z, and D(z, σ) with the graph between them, whatever mode the caller is in."""
-    config = torch._functorch.config  # a compiled graph is kept for further products
-    keep = hasattr(config, "donated_buffer")
-    kept = config.patch(donated_buffer=False) if keep else contextlib.nullcontext()
+    known = hasattr(config, "donated_buffer")  # a compiled graph is to serve several products
+    kept = config.patch(donated_buffer=False) if known else contextlib.nullcontext()
     with torch.inference_mode(False), torch.enable_grad(), kept:
         z = z.detach().clone().requires_grad_()
         x0_hat = denoiser(z, sigma)

@@ -19,109 +19,17 @@ Below σ_y, where the width of the result is decided, that changes nothing.
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._numerics import (
-    Denoise,
-    Predictor,
-    check_count,
-    check_function,
-    check_number,
-    conjugate_gradient,
-    differentiable,
-    expand,
-    kind,
-)
+from . import _check as check
+from ._numerics import Denoise, Predictor, Random, conjugate_gradient, differentiable
+from .guided import Guided, Isotropic, Spectral, Tangent
 from .observation import Observation
-from .tangent import Isotropic, Spectral, Tangent
-
-
-class Guidance(NamedTuple):
-    """What one network call at (z, σ) says of x_0 and of y."""
-
-    x0_hat: Tensor  # D(z, σ), (B, *dims)
-    shift: Tensor  # σ² ∇_z log p(y | z), (B, *dims)
-    log_p: Tensor  # log p(y | z), (B,)
-    J: Callable[[Tensor], Tensor]  # v -> J v
-
-
-@dataclass(frozen=True, eq=False)
-class Guided:
-    """`guided(z, sigma)` is D_y. A method is a class of one method, `covariance`.
-
-    Args: denoiser: D(z, σ), differentiable. obs: what was observed. max_shift: > 0; inf: no bound.
-    """
-
-    denoiser: Denoise
-    obs: Observation
-    max_shift: float = field(default=3.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_function("denoiser", self.denoiser, "a function D(z, sigma)")
-        if not isinstance(self.obs, Observation):
-            raise TypeError(f"obs must be an Observation, got {kind(self.obs)}")
-        check_number("max_shift", self.max_shift, ends="(]")
-
-    def covariance(self, at: Tangent) -> Isotropic | Spectral:
-        """S at z."""
-        raise NotImplementedError
-
-    def weights(self, at: Tangent) -> Tensor:
-        """S⁻¹ r, (B, m)."""
-        return self.covariance(at).solve(at.r)
-
-    def shift(self, at: Tangent, weights: Tensor, last: bool = False) -> Tensor:
-        """σ² Jᵀ Hᵀ weights, bounded, (B, *dims)."""
-        shift = at.sigma**2 * at.JHt(weights, last)
-        if self.max_shift == math.inf:
-            return shift
-        length = shift.flatten(1).norm(dim=1).clamp(min=torch.finfo(shift.dtype).tiny)
-        bound = self.max_shift * at.levels * math.sqrt(min(at.r.shape[1], shift[0].numel()))
-        return shift * expand((bound / length).clamp(max=1), shift)
-
-    def __call__(self, z: Tensor, sigma: float | Tensor) -> Tensor:
-        """E[x_0 | z, y], approximately.
-
-        Args: z: (B, *dims). sigma: number, scalar tensor or (B,).   Returns: (B, *dims).
-        """
-        at = Tangent(self.denoiser, self.obs, z, sigma)
-        return at.x0_hat + self.shift(at, self.weights(at), last=True)
-
-    def look(self, z: Tensor, sigma: float | Tensor) -> Guidance:
-        """All that a particle at z has to know, arguments as above."""
-        at = Tangent(self.denoiser, self.obs, z, sigma)
-        S = self.covariance(at)
-        w, m = S.solve(at.r), at.r.shape[1]
-        log_p = -((at.r * w).sum(1) + S.log_det(at.r) + m * math.log(2 * math.pi)) / 2
-        return Guidance(at.x0_hat, self.shift(at, w), log_p, at.J)
-
-    def log_likelihood(self, z: Tensor, sigma: float | Tensor) -> Tensor:
-        """The method's log p(y | z), (B,), arguments as above."""
-        return self.look(z, sigma).log_p
-
-    def check(self, x: Tensor) -> None:
-        """The door of a run: the operator is tried on x, scaled to unit size, before any step.
-
-        Raises what `Observation.residual` raises; warns where A has no slope at all.
-        """
-        with torch.inference_mode(False), torch.enable_grad():
-            point = (x / x.square().mean().sqrt().clamp(min=1e-6)).detach().clone()
-            distance = self.obs.residual(point.requires_grad_()).square().sum()
-            (slope,) = torch.autograd.grad(distance, point)
-        if not slope.any():
-            warnings.warn(
-                "operator has the gradient 0 everywhere (round, sign, a threshold?): "
-                "guidance will do nothing",
-                stacklevel=4,
-            )
+from .sde import SDE
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +80,7 @@ class PiGDM(Guided):
         variance = self.variance
         if variance is None:
             variance = getattr(self.denoiser, "sigma_data", 1.0) ** 2
-        object.__setattr__(self, "variance", check_number("variance", variance))
+        object.__setattr__(self, "variance", check.number("variance", variance))
         assert self.gram  # refuses a crooked A before any work
 
     @cached_property
@@ -191,38 +99,57 @@ class PiGDM(Guided):
 
 @dataclass(frozen=True, eq=False)
 class MMPS(Guided):
-    r"""The covariance of x_0 given z by Tweedie's formula, σ² J; exact for Gaussian data.
+    r"""The covariance of x_0 given z by Tweedie's formula, σ² J; exact for Gaussian data, linear A.
 
-        S = σ_y² I + σ² H J Hᵀ.
+        S = σ_y² I + σ² H J Hᵀ + C,   C = mean of q qᵀ,   q = (A(x̂ + δ) + A(x̂ - δ))/2 - A(x̂).
 
-    Up to `dense` observed numbers S is built, by one vector-Jacobian product each; where a learned
-    J is not positive, the direction has no say. Above, S⁻¹ r takes `iterations` of conjugate
-    gradients, one product each, and one more at the end; log p(y | z) builds S in any case.
-    Source: Rozet et al. 2024 (arXiv 2405.13712), section 4.2, for linear A; H linearises others.
+    C is what the linearisation of a curved A leaves out (ours), over `probes` fixed δ ~ N(0, ρ² I),
+    ρ² = σ² s² / (σ² + s²), s = `denoiser.sigma_data` or 1; calls of A only. Up to `dense` observed
+    numbers S is built, by one vector-Jacobian product each; where a learned J is not positive, the
+    direction has no say. Above, S⁻¹ r takes `iterations` of conjugate gradients with the diagonal of
+    C, one product each, and one more at the end; log p(y | z) builds S in any case.
+    Source: Rozet et al. 2024 (arXiv 2405.13712), section 4.2, for linear A and so without C.
     """
 
     dense: int = field(default=8, kw_only=True)
     iterations: int = field(default=5, kw_only=True)
+    probes: int = field(default=0, kw_only=True)
     max_shift: float = field(default=10.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("dense", self.dense)
-        check_count("iterations", self.iterations)
+        check.count("dense", self.dense)
+        check.count("iterations", self.iterations)
+        check.count("probes", self.probes, least=0)
 
     def covariance(self, at: Tangent) -> Spectral:
         h, g = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in at.rows)
         product = at.levels[:, None, None].to(g) ** 2 * g @ h.mT
+        if self.probes:
+            q = self.bend(at).to(g)
+            product = product + q.mT @ q / self.probes
         values, basis = torch.linalg.eigh((product + product.mT) / 2)
-        return Spectral(at.noise + values.clamp(min=0), basis * (values > 0)[:, None])
+        return Spectral(at.noise + values.clamp(min=0), basis, live=values > 0)
 
     def weights(self, at: Tangent) -> Tensor:
         if at.r.shape[1] <= self.dense:
             return super().weights(at)
         square = at.levels[:, None] ** 2
+        noise = at.noise + (self.bend(at) ** 2).mean(1) if self.probes else at.noise
         return conjugate_gradient(
-            lambda u: at.noise * u + square * at.H(at.JHt(u)), at.r, self.iterations
+            lambda u: noise * u + square * at.H(at.JHt(u)), at.r, self.iterations
         )
+
+    def bend(self, at: Tangent) -> Tensor:
+        """q for each probe, (B, probes, m)."""
+        operator, x, size = self.obs.operator, at.x0_hat, getattr(self.denoiser, "sigma_data", 1.0)
+        rho = at.sigma * size / (at.sigma**2 + size**2).sqrt()
+        shape, random = (self.probes, *x.shape[1:]), torch.Generator().manual_seed(0)
+        normal = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            centre = operator(x)
+            q = [(operator(x + rho * d) + operator(x - rho * d)) / 2 - centre for d in normal.to(x)]
+        return torch.stack(q, dim=1).reshape(len(x), self.probes, -1)
 
 
 def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
@@ -234,10 +161,12 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     Args: predictor: as `sample` takes it. zeta: ζ > 0.   Returns: a predictor.
     Source: Chung et al. 2023 (arXiv 2209.14687), algorithm 1.
     """
-    check_function("predictor", predictor, "a function of one step, as su.ancestral")
-    zeta = check_number("zeta", zeta)
+    check.function("predictor", predictor, "a function of one step, as su.ancestral")
+    zeta = check.number("zeta", zeta)
 
-    def step(sde, denoiser, x, t, s, generator=None):  # type: ignore[no-untyped-def]
+    def step(
+        sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
+    ) -> Tensor:
         r, sigma = float(sde.scale(t)), x.new_full((), float(sde.sigma(t)))
         z, x0_hat = differentiable(denoiser, x / r, sigma)
         with torch.enable_grad():

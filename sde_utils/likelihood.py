@@ -9,23 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._numerics import (
-    Denoise,
-    check_batch,
-    check_count,
-    check_function,
-    check_generator,
-    check_number,
-    differentiable,
-    expand,
-    randn_like,
-)
+from . import _check as check
+from ._numerics import Denoise, Random, differentiable, expand, randn_like
 from .sde import SDE, check_sde
 
 
-def traced(
-    denoiser: Denoise, z: Tensor, sigma: float, vectors: Tensor
-) -> tuple[Tensor, Tensor]:
+def traced(denoiser: Denoise, z: Tensor, sigma: float, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """z - D(z, σ), (B, *dims), and the trace of its derivative, (B,), seen along the vectors."""
     z, x0_hat = differentiable(denoiser, z, z.new_full((), sigma))
     trace = torch.full((len(z),), float(z[0].numel()), dtype=z.dtype, device=z.device)
@@ -43,7 +32,7 @@ def log_likelihood(
     sigma: float | None = None,
     steps: int = 100,
     probes: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     progress: bool = False,
 ) -> Tensor:
     r"""log p(x_0; σ) in nats: the density of x_0 + σ ε at x_0, along the probability flow.
@@ -64,18 +53,18 @@ def log_likelihood(
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 39 and appendix D.2, in Karras' variables.
     """
     check_sde(sde)
-    check_batch("x0", x0)
-    check_function("denoiser", denoiser, "a function D(z, sigma)")
-    check_generator(generator)
-    steps = check_count("steps", steps)
-    sigma = float(sde.sigma(0.0)) or 0.01 if sigma is None else check_number("sigma", sigma)
+    check.batch("x0", x0)
+    check.function("denoiser", denoiser, "a function D(z, sigma)")
+    check.generator(generator)
+    steps = check.count("steps", steps)
+    sigma = float(sde.sigma(0.0)) or 0.01 if sigma is None else check.number("sigma", sigma)
     sde.time(sigma)  # refuses a σ out of range
     z, d, top = x0.detach(), x0[0].numel(), float(sde.sigma(1.0))
     if probes is None:
         units = torch.eye(d, dtype=z.dtype, device=z.device)
         vectors = units.reshape(d, 1, *z.shape[1:])
     else:
-        shape = (check_count("probes", probes), *z.shape)
+        shape = (check.count("probes", probes), *z.shape)
         vectors = randn_like(z.expand(shape), generator).sign() / math.sqrt(probes)
     h, gained = math.log(top / sigma) / steps, z.new_zeros(len(z))
     for i in tqdm(range(steps), desc="likelihood", file=sys.stdout, disable=not progress):
@@ -83,10 +72,8 @@ def log_likelihood(
         gained = gained + gain
     total = gained + wide_gaussian(denoiser, z, top, vectors)
     if not total.isfinite().all():
-        raise FloatingPointError(
-            "the likelihood left the finite numbers: the denoiser's output or derivative is not "
-            f"finite, {z.dtype} is too short, or σ(1) = {top:g} is below the data"
-        )
+        causes = f"the denoiser or its derivative, too short a {z.dtype}, σ(1) = {top:g} below the data"
+        raise FloatingPointError(f"the likelihood left the finite numbers; likely causes: {causes}")
     return total
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._numerics import check_batch, check_function, check_linear, check_number, check_shape, kind, widest
+from . import _check as check
+from ._numerics import widest
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +31,14 @@ class Observation:
     noise_std: float
 
     def __post_init__(self) -> None:
-        check_function("operator", self.operator, "a function (B, *dims) -> (B, *obs_dims)")
+        check.function("operator", self.operator, "a function (B, *dims) -> (B, *obs_dims)")
         y = self.y
         if not isinstance(y, Tensor):
-            y = torch.tensor(check_number("y", y, -math.inf), dtype=torch.float64, device="cpu")
-        if not y.is_floating_point():
-            raise TypeError(f"y must be a floating-point number or tensor, got {kind(y)}")
-        if not y.isfinite().all():
-            raise ValueError("y must be finite, but holds NaN or infinity")
+            y = torch.tensor(check.number("y", y, -math.inf), dtype=torch.float64, device="cpu")
+        check.tensor("y", y)
+        check.require(y.isfinite().all(), "y must be finite, but holds NaN or infinity")
+        noise_std = check.number("noise_std", self.noise_std, 1e-18, ends="[)")
         object.__setattr__(self, "y", y)
-        noise_std = check_number("noise_std", self.noise_std, 1e-18, ends="[)")
         object.__setattr__(self, "noise_std", noise_std)
 
     def residual(self, x0: Tensor) -> Tensor:
@@ -47,34 +46,33 @@ class Observation:
 
         Args: x0: (B, *dims).   Returns: (B, m), m the number of values in one observation.
         """
-        x0 = x0.clone() if x0.is_inference() else x0  # no version to compare there
-        version = None if x0.is_inference() else x0._version
+        x0 = x0.clone() if x0.is_inference() else x0  # an inference tensor has no version
+        version = -1 if x0.is_inference() else x0._version
         predicted = self.operator(x0)
-        if version is not None and x0._version != version:
-            remedy = "begin it with x = x.clone()"
-            raise ValueError(f"operator must not change its argument in place: {remedy}")
-        if not isinstance(predicted, Tensor) or predicted.shape[:1] != x0.shape[:1]:
-            expected = f"(B, *dims) to (B, *obs_dims) with B = {len(x0)}"
-            raise ValueError(f"operator must map {expected}, got {kind(predicted)}")
-        if not predicted.is_floating_point():
-            remedy = "torch.view_as_real for complex ones"
-            raise TypeError(f"operator must return real numbers ({remedy}), got {kind(predicted)}")
-        if self.y.shape not in (predicted.shape, predicted.shape[1:]):
-            expected = f"{tuple(predicted.shape[1:])} or {tuple(predicted.shape)}"
-            found = tuple(self.y.shape)
-            raise ValueError(f"y must have shape {expected} to match A(x_0), got {found}")
-        if x0.requires_grad and not predicted.requires_grad:
-            raise ValueError(
-                "operator must be differentiable by autograd, but its result does not depend on x_0"
-            )
+        kept = x0.is_inference() or x0._version == version
+        check.require(kept, "operator must not change x_0 in place: begin it with x = x.clone()")
+        self._fits(x0, predicted)
         return (self.y.to(predicted) - predicted).reshape(len(x0), -1)
+
+    def _fits(self, x0: Tensor, predicted: Tensor) -> None:
+        """A(x_0) is what it should be, and y is of its shape."""
+        if not isinstance(predicted, Tensor) or predicted.shape[:1] != x0.shape[:1]:
+            expected = f"(B, *dims) to (B, *obs_dims), B = {len(x0)}"
+            raise ValueError(f"operator must map {expected}, got {check.what(predicted)}")
+        check.tensor("A(x_0) (torch.view_as_real for complex numbers)", predicted)
+        one, every = tuple(predicted.shape[1:]), tuple(predicted.shape)
+        found = tuple(self.y.shape)
+        fits = found in (one, every)
+        check.require(fits, f"y must have shape {one} or {every} to match A(x_0), got {found}")
+        sloped = predicted.requires_grad or not x0.requires_grad
+        check.require(sloped, "operator must be differentiable by autograd, but A(x_0) has no graph")
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """log N(y; A(x_0), σ_y² I), normalised.
 
         Args: x0: (B, *dims).   Returns: (B,).
         """
-        check_batch("x0", x0)
+        check.batch("x0", x0)
         r, variance = self.residual(x0), self.noise_std**2
         return -(r.square().sum(1) / variance + r.shape[1] * math.log(2 * math.pi * variance)) / 2
 
@@ -84,9 +82,9 @@ class Observation:
         Args: shape: of one x_0, dims.   Returns: (m, d), d the product of dims; float64 on the CPU.
         Raises `ValueError` if A is not linear.
         """
-        shape = check_shape(shape)
+        shape = check.shape(shape)
         like = torch.zeros(1, *shape, dtype=widest(self.y), device=self.y.device)
-        check_linear(self.operator, like)
+        check.linear(self.operator, like)
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         with torch.no_grad():
             return self.operator(identity.reshape(-1, *shape)).reshape(len(identity), -1).T

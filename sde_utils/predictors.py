@@ -11,32 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._numerics import Denoise, Predictor, check_count, check_number, randn_like
+from . import _check as check
+from ._numerics import Denoise, Predictor, Random, call, randn_like
 from .sde import SDE
 
 
 def levels(sde: SDE, t: float, s: float) -> tuple[float, float, float, float]:
     """r_t, σ_t, r_s, σ_s. `ValueError` unless t > s and σ_s > 0."""
-    t, s = check_number("t", t, 0, 1, "[]"), check_number("s", s, 0, 1, "[]")
-    numbers = [float(v) for v in (sde.scale(t), sde.sigma(t), sde.scale(s), sde.sigma(s))]
-    if t <= s or numbers[3] == 0:
-        found = f"t = {t:g} and s = {s:g}, σ_s = {numbers[3]:g}"
-        raise ValueError(f"a step must lead from t to an earlier s with σ_s > 0, got {found}")
-    return numbers[0], numbers[1], numbers[2], numbers[3]
-
-
-def call(denoiser: Denoise, z: Tensor, sigma: float) -> Tensor:
-    """D(z, σ), σ as a scalar tensor."""
-    return denoiser(z, z.new_full((), sigma))
+    t, s = check.number("t", t, 0, 1, "[]"), check.number("s", s, 0, 1, "[]")
+    r_t, sigma_t, r_s, sigma_s = map(float, (sde.scale(t), sde.sigma(t), sde.scale(s), sde.sigma(s)))
+    found = f"t = {t:g}, s = {s:g}, σ_s = {sigma_s:g}"
+    check.require(t > s and sigma_s > 0, f"s must be below t, with σ_s > 0, got {found}")
+    return r_t, sigma_t, r_s, sigma_s
 
 
 def euler_maruyama(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    t: float,
-    s: float,
-    generator: torch.Generator | None = None,
+    sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
 ) -> Tensor:
     r"""The reverse SDE by its simplest discretisation.
 
@@ -52,12 +42,7 @@ def euler_maruyama(
 
 
 def ancestral(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    t: float,
-    s: float,
-    generator: torch.Generator | None = None,
+    sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
 ) -> Tensor:
     r"""One exact step of the reverse chain, were D(z, σ) the true x_0.
 
@@ -73,12 +58,7 @@ def ancestral(
 
 
 def euler(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    t: float,
-    s: float,
-    generator: torch.Generator | None = None,
+    sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
 ) -> Tensor:
     r"""Euler's step along the probability flow, order 1; the same as DDIM.
 
@@ -95,12 +75,7 @@ def euler(
 
 
 def heun(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    t: float,
-    s: float,
-    generator: torch.Generator | None = None,
+    sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
 ) -> Tensor:
     r"""Heun's step along the probability flow, order 2, two calls.
 
@@ -131,17 +106,12 @@ def multistep(order: int = 2, sigma_data: float = 1.0) -> Predictor:
     Source: Zhang & Chen 2023 (arXiv 2204.13902) for the method, in σ; Liu et al. 2022 (arXiv
     2209.03003) for the variables.
     """
-    order, size = check_count("order", order, 2, 3), check_number("sigma_data", sigma_data)
+    order, size = check.count("order", order, 2, 3), check.number("sigma_data", sigma_data)
     nodes: list[tuple[float, Tensor]] = []  # (u, v) of the last steps
     returned: Tensor | None = None
 
     def step(
-        sde: SDE,
-        denoiser: Denoise,
-        x: Tensor,
-        t: float,
-        s: float,
-        generator: torch.Generator | None = None,
+        sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None
     ) -> Tensor:
         nonlocal nodes, returned
         r_t, sigma_t, r_s, sigma_s = levels(sde, t, s)
@@ -182,16 +152,11 @@ class Langevin:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        check_number("snr", self.snr)
-        check_count("steps", self.steps)
+        check.number("snr", self.snr)
+        check.count("steps", self.steps)
 
     def __call__(
-        self,
-        sde: SDE,
-        denoiser: Denoise,
-        x: Tensor,
-        t: float,
-        generator: torch.Generator | None = None,
+        self, sde: SDE, denoiser: Denoise, x: Tensor, t: float, generator: Random = None
     ) -> Tensor:
         r, sigma = float(sde.scale(t)), float(sde.sigma(t))
         e = 2 * (self.snr * r * sigma) ** 2

@@ -17,36 +17,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._numerics import (
-    Corrector,
-    Denoise,
-    Predictor,
-    check_batch,
-    check_count,
-    check_function,
-    check_generator,
-    check_number,
-    kind,
-    watched,
-)
+from . import _check as check
+from ._numerics import Corrector, Denoise, Predictor, Random, call
 from .predictors import euler_maruyama
 from .sde import SDE, check_sde
 
 
 def uniform_times(n: int) -> list[float]:
     """1, ..., 2/n, 1/n: n times, equally spaced."""
-    n = check_count("n", n)
+    n = check.count("n", n)
     return [1 - i / n for i in range(n)]
 
 
 def karras_times(
-    sde: SDE,
-    n: int,
-    sigma_data: float = 1.0,
-    *,
-    low: float = 0.01,
-    high: float = 20.0,
-    rho: float = 7.0,
+    sde: SDE, n: int, sigma_data: float = 1.0, *, low: float = 0.01, high: float = 20.0, rho: float = 7.0
 ) -> list[float]:
     r"""Times of n noise levels, dense at small σ, in units of the data's size.
 
@@ -59,15 +43,14 @@ def karras_times(
     Source: Karras et al. 2022 (arXiv 2206.00364), eq. 5.
     """
     check_sde(sde)
-    n = check_count("n", n)
-    sigma_data, low = check_number("sigma_data", sigma_data), check_number("low", low)
-    high, rho = check_number("high", high, low), check_number("rho", rho)
-    top, bottom = float(sde.sigma(1.0)), max(low * sigma_data, float(sde.sigma(0.0)))
-    first = [1.0] if high * sigma_data < top * (1 - 1e-9) else []
-    a, b, k = min(high * sigma_data, top) ** (1 / rho), bottom ** (1 / rho), n - len(first)
-    if a <= b:
-        found = f"{top:g} and high sigma_data = {high * sigma_data:g}"
-        raise ValueError(f"low must be below high: {bottom:g} against σ(1) = {found}")
+    n = check.count("n", n)
+    size, low = check.number("sigma_data", sigma_data), check.number("low", low)
+    high, rho = check.number("high", high), check.number("rho", rho)
+    top, bottom = float(sde.sigma(1.0)), max(low * size, float(sde.sigma(0.0)))
+    found = f"σ from {bottom:g} to {min(high * size, top):g}"
+    check.require(bottom < min(high * size, top), f"low must be below high and σ(1), got {found}")
+    first = [1.0] if high * size < top * (1 - 1e-9) else []
+    a, b, k = min(high * size, top) ** (1 / rho), bottom ** (1 / rho), n - len(first)
     levels = [(a + i / (k - 1) * (b - a)) ** rho for i in range(k)] if k > 1 else [b**rho] * k
     return first + [float(sde.time(min(level, top))) for level in levels]
 
@@ -76,16 +59,12 @@ def check_times(sde: SDE, times: Sequence[float] | Tensor) -> list[float]:
     """`times` as a list: decreasing within [0, 1], σ > 0 at the last."""
     if isinstance(times, (str, int, float)) or getattr(times, "ndim", 1) != 1:
         expected = "a sequence, as su.karras_times(sde, 18); for a number of them write steps="
-        raise TypeError(f"times must be {expected}, got {kind(times)}")
-    times = [check_number("times", t, 0, 1, "[]") for t in times]
+        raise TypeError(f"times must be {expected}, got {check.what(times)}")
+    times = [check.number("times", t, 0, 1, "[]") for t in times]
     for t, s in pairwise(times):
-        if t <= s:
-            raise ValueError(f"times must decrease, but {t:g} is followed by {s:g}")
-    if not times or float(sde.sigma(times[-1])) == 0:
-        raise ValueError(
-            "times must hold at least one, and end where σ > 0: from there the last step leads to "
-            f"x_0 by itself, got {len(times)} ending at {times[-1:]}"
-        )
+        check.require(t > s, f"times must decrease, but {t:g} is followed by {s:g}")
+    ends = bool(times) and float(sde.sigma(times[-1])) > 0
+    check.require(ends, "times must end where σ > 0: the step from there to x_0 is made by itself")
     return times
 
 
@@ -112,17 +91,17 @@ def check_run(
     denoiser: Denoise,
     x: Tensor,
     times: Sequence[float] | Tensor,
-    generator: torch.Generator | None,
+    generator: Random,
 ) -> list[float]:
     """The doors of a run; the times as a list."""
     check_sde(sde)
-    check_batch("x", x)
-    check_generator(generator)
-    check_function("denoiser", denoiser, "a function D(z, sigma)")
+    check.batch("x", x)
+    check.generator(generator)
+    check.function("denoiser", denoiser, "a function D(z, sigma)")
     times = check_times(sde, times)
     check_start(sde, denoiser, x, times[0])
-    if callable(check := getattr(denoiser, "check", None)):  # a guided denoiser's own door
-        check(x)
+    if callable(door := getattr(denoiser, "check", None)):  # a guided denoiser has its own
+        door(x)
     return times
 
 
@@ -137,7 +116,7 @@ def sample(
     predictor: Predictor = euler_maruyama,
     corrector: Corrector | None = None,
     last_step: float | None = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     trajectory: bool = False,
     progress: bool = False,
 ) -> Tensor:
@@ -163,12 +142,12 @@ def sample(
     Raises `TypeError` and `ValueError` before any step, `FloatingPointError` naming a step that left
     the finite numbers; warns of a start, or an end, that cannot be right.
     """
-    check_function("predictor", predictor, "a function of one step, as su.heun")
+    check.function("predictor", predictor, "a function of one step, as su.heun")
     if corrector is not None:
-        check_function("corrector", corrector, "a function of one step, as su.Langevin()")
-    w = None if last_step is None else check_number("last_step", last_step, ends="[)")
+        check.function("corrector", corrector, "a function of one step, as su.Langevin()")
+    w = None if last_step is None else check.number("last_step", last_step, ends="[)")
     times = check_run(sde, denoiser, x, uniform_times(steps) if times is None else times, generator)
-    denoiser, path = watched(denoiser), [x]
+    denoiser, path = check.first_answer(denoiser), [x]
     bar = tqdm(list(pairwise(times)), "sampling", file=sys.stdout, disable=not progress)
     for i, (t, s) in enumerate(bar):
         before, x = x, predictor(sde, denoiser, x, t, s, generator)
@@ -189,7 +168,7 @@ def cause(
 ) -> str:
     """Why a step from x at t left the finite numbers, by one more call."""
     z, sigma = x / float(sde.scale(t)), float(sde.sigma(t))
-    if not denoiser(z, z.new_full((), sigma)).isfinite().all():
+    if not call(denoiser, z, sigma).isfinite().all():
         return f"the denoiser is not finite there (or its σ² is too large for {x.dtype})"
     moves = "the corrector's moves are too large, or " if corrector else ""
     return f"{moves}the denoiser's guidance is too stiff for this step"
@@ -197,7 +176,7 @@ def cause(
 
 def finish(denoiser: Denoise, z: Tensor, sigma: float, w: float) -> Tensor:
     """The last step; warns if it goes further than noise can have led."""
-    move = denoiser(z, z.new_full((), sigma)) - z
+    move = call(denoiser, z, sigma) - z
     size = float(move.square().mean().sqrt())
     if not math.isfinite(size):
         raise FloatingPointError(f"the last step, from σ = {sigma:.4g}, left the finite numbers")

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._numerics import check_count, check_generator, check_number, kind, randn_like
+from . import _check as check
+from ._numerics import Random, randn_like
 from .guidance import Guided
 from .sampling import check_run, uniform_times
 from .sde import SDE
@@ -31,15 +32,15 @@ class Particles:
     ess: Tensor
     log_evidence: Tensor
 
-    def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def resample(self, n: int, generator: Random = None) -> Tensor:
         """n unweighted draws, (n, *dims), by systematic resampling."""
-        index = systematic(self.log_weights, check_count("n", n), generator)
+        index = systematic(self.log_weights, check.count("n", n), generator)
         return self.x[index.to(self.x.device)]
 
 
-def systematic(log_weights: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+def systematic(log_weights: Tensor, n: int, generator: Random = None) -> Tensor:
     """n indices, k about n w_k times, shuffled: n equally spaced points in the cumulative weights."""
-    check_generator(generator)
+    check.generator(generator)
     device = log_weights.device if generator is None else generator.device
     offset = torch.rand((), generator=generator, device=device).to(log_weights)
     points = (torch.arange(n, device=log_weights.device) + offset) / n
@@ -52,13 +53,10 @@ def systematic(log_weights: Tensor, n: int, generator: torch.Generator | None = 
 def effective(log_weights: Tensor) -> Tensor:
     """Effective sample size (Σ w)² / Σ w²."""
     if log_weights.isnan().any():
-        raise FloatingPointError(
-            "weights are NaN: the denoiser, its derivative or the operator left the finite numbers"
-        )
+        raise FloatingPointError("weights are NaN: the denoiser, its derivative or A is not finite")
     if log_weights.max() == -math.inf:
-        raise FloatingPointError(
-            "all weights vanished: y is impossible under the prior, or too few particles are near it"
-        )
+        causes = "y is impossible under the prior, or too few particles are near it"
+        raise FloatingPointError(f"all weights vanished: {causes}")
     return 1 / log_weights.softmax(0).square().sum()
 
 
@@ -71,11 +69,10 @@ def check_particles(guided: Guided, x: Tensor) -> None:
     """Particles need a guided denoiser, and one observation for all of them."""
     if not callable(getattr(guided, "look", None)) or not hasattr(guided, "obs"):
         expected = "a guided denoiser, as su.MMPS(denoiser, obs)"
-        raise TypeError(f"guided must be {expected}, got {kind(guided)}")
-    y, predicted = guided.obs.y, guided.obs.residual(x[:2])
-    if y.numel() != predicted.shape[1]:
-        found = tuple(y.shape)
-        raise ValueError(f"obs.y must be one observation, as particles are exchanged, got {found}")
+        raise TypeError(f"guided must be {expected}, got {check.what(guided)}")
+    check.batch("x", x)
+    m, found = guided.obs.residual(x[:1].expand_as(x)).shape[1], guided.obs.y.numel()
+    check.require(m == found, f"obs.y must be one observation of {m} numbers, got {found} numbers")
 
 
 @torch.no_grad()
@@ -87,7 +84,7 @@ def twisted_smc(
     steps: int = 100,
     times: Sequence[float] | Tensor | None = None,
     resample_below: float = 0.5,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
 ) -> Particles:
     r"""Particles for p(x_0 | y): propose by a guided step, weigh by what the unguided would do.
 
@@ -116,7 +113,7 @@ def twisted_smc(
     """
     check_particles(guided, x)
     times = check_run(sde, guided, x, uniform_times(steps) if times is None else times, generator)
-    threshold = check_number("resample_below", resample_below, 0, 1, "[]") * len(x)
+    threshold = check.number("resample_below", resample_below, 0, 1, "[]") * len(x)
     z, sigma = x / float(sde.scale(times[0])), [float(sde.sigma(t)) for t in times]
     now = guided.look(z, sigma[0])._replace(shift=torch.zeros_like(z), log_p=z.new_zeros(len(z)))
     log_w, log_evidence, ess = torch.zeros(len(z), dtype=torch.float64, device="cpu"), 0.0, []

@@ -1,142 +1,182 @@
-"""Denoising score matching."""
+"""Denoising score matching: the loss, draws of noise levels, the loop."""
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
+import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from ._checks import check_batch, check_count, check_positive, expand, holds, randn_like
-from .sde import Denoise
+from . import _check as check
+from ._numerics import Denoise, Random, as_level, expand, randn_like
 
-SigmaSampler = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) -> (n,) noise levels
+SigmaSampler = Callable[[int, Random], Tensor]  # (n, generator) -> (n,) noise levels
+Weight = Callable[[Tensor], Tensor]  # sigma (B,) -> (B,)
+Path = str | os.PathLike[str]
 
 
-def dsm_loss(
-    denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
-) -> Tensor:
-    r"""`mean over dims of |ε̂ - ε|²` with `z = x_0 + σ ε` and `ε̂ = (z - D(z, σ)) / σ`. x0: (B, *dims). Returns (B,). noise: ε, drawn if None.
+def dsm_loss(denoiser: Denoise, x0: Tensor, sigma: float | Tensor, generator: Random = None,
+             ) -> Tensor:  # fmt: skip
+    """How well the denoiser tells the noise from z = x_0 + σ ε.
 
-    Its expectation over ε and x_0 is `mean |ε̂ - ε*|² + const`, least for the exact score. `ValueError` unless σ > 0.
+        mean over dims of |ε̂ - ε|²,   ε̂ = (z - D(z, σ)) / σ.
+
+    Its expectation over ε and x_0 is mean |ε̂ - ε*|² + const, least for the exact score.
+    Args: x0: (B, *dims). sigma: σ > 0, scalar or (B,), else `ValueError`.   Returns: (B,).
     Source: Vincent 2011; Song et al. 2021, eq. 7, with weight λ(t) = (r σ)².
     """
-    check_batch(x0, "x0")
-    level = expand(sigma, x0, "sigma")
-    if not holds((level > 0).all()):
-        raise ValueError("sigma must be positive")
-    noise = randn_like(x0, generator) if noise is None else noise
+    check.batch("x0", x0)
+    level = as_level(sigma, x0)
+    check.require((level > 0).all(), "sigma must be positive")
+    return _loss(check.first_answer(denoiser), x0, level, randn_like(x0, generator))
+
+
+def _loss(denoiser: Denoise, x0: Tensor, level: Tensor, noise: Tensor) -> Tensor:
     z = x0 + level * noise
     eps_hat = (z - denoiser(z, level.flatten() if level.ndim else level)) / level
     return ((eps_hat - noise) ** 2).flatten(1).mean(1)
 
 
 def log_uniform(low: float, high: float) -> SigmaSampler:
-    """ln σ stratified over [ln low, ln high], one draw in each of n equal cells; for VE from σ_min to σ_max, uniform in t.
+    """Draws of σ, ln σ stratified over [ln low, ln high]: one in each of n equal cells.
 
-    `ValueError` unless 0 < low < high.
+    For VE from σ_min to σ_max, it is uniform in t. `ValueError` unless 0 < low < high.
     """
-    check_positive(low=low, high=high)
-    if low >= high:
-        raise ValueError(f"low must be below high, got {low} and {high}")
-
-    def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:
-        return low * (high / low) ** _stratified(n, generator)
-
-    return sampler
+    low = check.number("low", low)
+    high = check.number("high", high, low)
+    return lambda n, generator=None: low * (high / low) ** _stratified(n, generator)
 
 
-def log_normal(mean: float, sd: float, low: float, high: float, wide: float = 0.1) -> SigmaSampler:
-    """ln σ ~ N(mean, sd²) clipped to [ln low, ln high], stratified; a share `wide` is uniform in ln σ over the whole range instead, so that
-    no level the samplers visit is unknown to the network. `ValueError` unless 0 < low < high and 0 <= wide <= 1.
+def log_normal(
+    mean: float, sd: float, low: float, high: float, wide: float = 0.1
+) -> SigmaSampler:  # fmt: skip
+    """Draws of σ, ln σ ~ N(mean, sd²) stratified and clipped to [ln low, ln high].
+
+    A share `wide` is `log_uniform(low, high)`, so that the network knows every level.
+    `ValueError` unless 0 < low < high and 0 <= wide <= 1.
     Source: Karras et al. 2022, table 1 and section 5.
     """
-    check_positive(sd=sd)
-    if not 0 <= wide <= 1:
-        raise ValueError(f"wide must lie in [0, 1], got {wide}")
-    uniform = log_uniform(low, high)
+    mean, sd = check.number("mean", mean, -float("inf")), check.number("sd", sd)
+    wide, uniform = check.number("wide", wide, 0, 1, "[]"), log_uniform(low, high)
 
-    def sampler(n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sampler(n: int, generator: Random = None) -> Tensor:
         count = round(wide * n)
         normal = torch.special.ndtri(_stratified(n - count, generator).clamp(1e-6, 1 - 1e-6))
-        sigma = torch.cat([(mean + sd * normal).exp().clamp(low, high), uniform(count, generator)])
+        near = (mean + sd * normal).exp().clamp(low, high)
+        sigma = torch.cat([near, uniform(count, generator)])
         return sigma[torch.randperm(n, generator=generator, device=sigma.device)]
 
     return sampler
 
 
-def _stratified(n: int, generator: torch.Generator | None) -> Tensor:
+def _stratified(n: int, generator: Random) -> Tensor:
     """n numbers in [0, 1], one drawn in each of n equal cells, in random order."""
     device = "cpu" if generator is None else generator.device
-    return (torch.randperm(n, generator=generator, device=device) + torch.rand(n, generator=generator, device=device)) / n
-
-
-def _moving_average(decay: float) -> Callable[..., None]:
-    """The k-th update, in place, of a list of tensors towards another, as `AveragedModel` calls it."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], k: Tensor) -> None:
-        share = 1 - ((1 + k) / (10 + k)).clamp(max=decay)
-        for a, b in zip(average, current, strict=True):
-            a.lerp_(b, share.to(a))
-
-    return update
+    cells = torch.randperm(n, generator=generator, device=device)
+    return (cells + torch.rand(n, generator=generator, device=device)) / n
 
 
 def train(
-    denoiser: nn.Module,
-    data: Tensor,
-    sigma_sampler: SigmaSampler,
-    *,
-    steps: int,
-    batch_size: int = 1024,
-    lr: float = 5e-3,
-    warmup: float = 0.02,
-    ema_decay: float = 0.99,
-    ema_every: int = 5,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-) -> Tensor:
-    r"""Minimise `dsm_loss` over random mini-batches with Adam; afterwards the denoiser holds the moving average of its weights.
+    denoiser: nn.Module, data: Tensor, sigma_sampler: SigmaSampler, *,
+    steps: int, batch_size: int = 1024, lr: float = 5e-3, warmup: float = 0.02, fall: float = 1.0,
+    weight: Weight | None = None, clip: float | None = None, ema_decay: float = 0.99,
+    ema_every: int = 5, generator: Random = None, progress: bool = True,
+    checkpoint: Path | None = None, save_every: float = 180.0,
+) -> Tensor:  # fmt: skip
+    """Minimise `dsm_loss` with Adam; at the end the denoiser holds the average of its weights.
 
-    The learning rate rises linearly over the first `warmup` share of the steps, then falls linearly to 0. The average
-    `θ̄ <- d θ̄ + (1 - d) θ`, `d = min(ema_decay, (1 + k)/(10 + k))` at its k-th turn, is taken every `ema_every` steps: while it is young it
-    forgets fast, so that a short run does not keep its first weights.
-    Args: data: (N, *dims), on the denoiser's device. sigma_sampler: (n, generator) -> (n,). Returns the losses, (steps,), on its device.
-    Raises `ValueError`/`TypeError` for bad arguments before the first step, `FloatingPointError` if the loss leaves the finite numbers.
+        θ̄ <- d θ̄ + (1 - d) θ,   d = min(ema_decay, (1 + k)/(10 + k)) at turn k; 0 at turn 0.
+
+    Args:
+        data: (N, *dims).   sigma_sampler: (n, generator) -> (n,), as `log_uniform(0.01, 50.0)`.
+        warmup, fall: shares of the steps; lr rises over the first, falls to 0 over the last ones.
+        weight: sigma (B,) -> (B,), factors of the loss.   clip: norm that gradients are cut to.
+        ema_every: steps from one turn to the next.
+        checkpoint: a file, written every `save_every` seconds; a run goes on from it, bit for bit.
+    Returns: the losses, (steps,).
+    Under torch.distributed, processes that start alike do a share of each batch.
+    Raises: `FloatingPointError` for a loss that is not finite, `OSError` for a full disk, before
+        the first step `TypeError` and `ValueError`, also for the checkpoint of another run.
     """
-    check_batch(data, "data")
-    check_count(steps=steps, batch_size=batch_size, ema_every=ema_every)
-    check_positive(lr=lr)
-    if not (0 <= ema_decay < 1 and 0 <= warmup < 1):
-        raise ValueError(f"ema_decay and warmup must lie in [0, 1), got {ema_decay} and {warmup}")
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), fused=not data.is_meta)
-    rise = max(1, round(warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, 1) * (1 - i / steps))
-    average = AveragedModel(denoiser, multi_avg_fn=_moving_average(ema_decay))
-    losses = torch.empty(steps, device=data.device)
-    denoiser.train()
-    device = data.device if generator is None else generator.device
-    bar = tqdm(range(steps), desc="training", file=sys.stdout, disable=not progress, mininterval=1.0)
-    for i in bar:
-        batch = data[torch.randint(len(data), (batch_size,), generator=generator, device=device).to(data.device)]
-        loss = dsm_loss(denoiser, batch, sigma_sampler(batch_size, generator), generator).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses[i] = loss.detach()
-        if (i + 1) % ema_every == 0:
-            average.update_parameters(denoiser)
-        if (i + 1) % 100 == 0 or i + 1 == steps:  # one look at the device in 100 steps
-            recent = losses[max(0, i - 99) : i + 1].mean()
-            if not holds(recent.isfinite()):
-                raise FloatingPointError(f"the loss is not finite by step {i + 1}: lower lr (now {lr}) or check the data's scale")
-            bar.set_postfix_str(f"loss {recent:.4f}" if progress else "", refresh=False)
-    if steps >= ema_every:
-        denoiser.load_state_dict(average.module.state_dict())
-    denoiser.eval()
-    return losses
+    settings = {
+        "steps": check.count("steps", steps), "batch_size": check.count("batch_size", batch_size),
+        "lr": check.number("lr", lr), "warmup": check.number("warmup", warmup, 0, 1, "[)"),
+        "fall": check.number("fall", fall, 0, 1, "(]"),
+        "clip": None if clip is None else check.number("clip", clip),
+        "ema_decay": check.number("ema_decay", ema_decay, 0, 1, "[)"),
+        "ema_every": check.count("ema_every", ema_every),
+    }  # fmt: skip
+    save_every = check.number("save_every", save_every, ends="[)")
+    check.generator(generator)
+    _check_data(denoiser, data)
+    _check_functions(denoiser, data, sigma_sampler, weight, settings["batch_size"], generator)
+    run = _Run(denoiser, data, sigma_sampler, weight, generator, settings)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    try:
+        run.loop(progress, checkpoint, save_every)
+    finally:
+        run.finish()
+    return run.losses
+
+
+def _check_data(denoiser: nn.Module, data: Tensor) -> None:
+    """A network that can learn, and data that fit it."""
+    if not isinstance(denoiser, nn.Module):
+        example = "an nn.Module, as su.Denoiser(su.MLP())"
+        raise TypeError(f"denoiser must be {example}, got {check.what(denoiser)}")
+    own = next((p for p in denoiser.parameters() if p.requires_grad), None)
+    check.require(own is not None, "denoiser must have parameters that require a gradient")
+    check.batch("data", data)
+    for name in ("dtype", "device"):
+        wanted, found = getattr(own, name), getattr(data, name)
+        if wanted != found:
+            remedy = "data.float()" if wanted == torch.float32 else f'data.to("{wanted}")'
+            raise TypeError(f"data must have the network's {name} {wanted}, got {found}: {remedy}")
+    size, unit = float(data.square().mean().sqrt()), getattr(denoiser, "sigma_data", None)
+    if unit and not unit / 3 <= size <= 3 * unit:
+        remedy = f"write su.Denoiser(network, sigma_data={size:.2g}), or scale the data"
+        said = f"data has the root mean square {size:.3g}, but sigma_data is {unit:.3g}: {remedy}"
+        warnings.warn(said, stacklevel=3)
+
+
+def _check_functions(
+    denoiser: nn.Module, data: Tensor, sigma_sampler: Any, weight: Any, n: int, generator: Random
+) -> None:  # fmt: skip
+    """One look at what the functions return; no random number of the run is spent."""
+    example = "a function (n, generator) -> (n,), as su.log_uniform(0.01, 50.0)"
+    check.function("sigma_sampler", sigma_sampler, example)
+    fresh = None if generator is None else torch.Generator(generator.device)
+    with torch.no_grad(), torch.random.fork_rng([data.device] if data.is_cuda else []):
+        check.first_answer(copy.deepcopy(denoiser).eval())(data[:2], data.new_full((), 1.0))
+        try:
+            sigma = sigma_sampler(n, fresh)
+        except TypeError as error:
+            raise TypeError(f"sigma_sampler must be {example}: {error}") from error
+    check.tensor("what sigma_sampler returns", sigma)
+    good = sigma.shape == (n,) and ((sigma > 0) & sigma.isfinite()).all()
+    check.require(good, f"sigma_sampler must return ({n},) positive numbers, got {sigma}")
+    if weight is not None:
+        check.function("weight", weight, "a function sigma (B,) -> (B,)")
+        found = check.what(weight(sigma))
+        check.require(found == check.what(sigma), f"weight must return ({n},), got {found}")
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    denoiser: nn.Module
+    data: Tensor
+    sigma_sampler: SigmaSampler
+    weight: Weight | None
+    generator: Random
+    settings: dict[str, Any]
