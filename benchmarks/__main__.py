@@ -1,4 +1,7 @@
-"""`python -m benchmarks [--parts a1 a2 b c] [--out FILE] [--quick]`, from the repository's root: Markdown tables, one a part."""
+"""`python -m benchmarks [--parts a1 a2 b c] [--out FILE] [--quick]`, from the repository's root.
+
+Markdown tables, one a part.
+"""
 
 from __future__ import annotations
 
@@ -8,136 +11,182 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sde_utils import MLP, Denoiser, load_pretrained, log_uniform, swiss_roll, swiss_roll_density, train
+import sde_utils as su
 
 from . import posterior, samplers, training
-from .common import Counter, Denoise, collect, distance, number, quiet, table, versions
+from .common import Counter, Denoise, collect, distance, number, quiet, section, seeded, unit
+from .common import versions
 
-QUICK = False  # sizes that only show that everything runs
-
-
-def seeded(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal noise, the same for every method; sets the global seed too, from which the others draw."""
-    torch.manual_seed(seed)
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=dtype)
+BROKEN = (RuntimeError, FloatingPointError, ValueError)  # what a run that diverges may raise
+FASTEST = ("sde_utils: Heun", "azula: Heun", "k-diffusion: Heun", "diffusers: Heun")
 
 
-def part_a1() -> str:
-    budgets = (0.5, 1.0) if QUICK else (5.0, 10.0, 20.0)
-    roll, data = swiss_roll_density(), swiss_roll(20_000, seed=0)
+def report(row: list[str]) -> None:
+    print("  ".join(row), file=sys.stderr, flush=True)
+
+
+def part_a1(quick: bool) -> str:
+    budgets = (0.5, 1.0) if quick else (5.0, 10.0, 20.0)
+    roll, data = su.swiss_roll_density(), su.swiss_roll(20_000, seed=0)
     methods, notes = collect(*training.GROUPS)
+
+    def looks(method: training.Trainer) -> list[tuple[float, int, float]]:
+        return [(training.excess_loss(d, roll), *rest) for d, *rest in method(data, budgets)]
+
     rows = []
     for name, method in methods.items():
         torch.manual_seed(0)
-        looks = quiet(lambda run=method: [(training.excess_loss(d, roll), *rest) for d, *rest in run(data, budgets)])
-        rows.append([name, *(f"{loss:.4f} ({seconds:.1f} s)" for loss, _, seconds in looks), f"{looks[-1][1]:,}"])
+        found = quiet(lambda method=method: looks(method))
+        losses = [f"{loss:.4f} ({seconds:.1f} s)" for loss, _, seconds in found]
+        rows.append([name, *losses, f"{found[-1][1]:,}"])
         report(rows[-1])
     head = ["excess loss after", *(f"{b:g} s" for b in budgets), "steps"]
     text = (
-        f"E|ε̂ − ε*|²/2, ln σ uniform in [{samplers.LOW}, {samplers.HIGH:g}], 0 for the exact score; 20,000 points, batches of "
-        f"{training.BATCH:,}; in brackets the seconds taken; steps of the longest run. azula has no network for the plane and gets ours."
+        f"E|ε̂ − ε*|²/2, ln σ uniform in [{samplers.LOW}, {samplers.HIGH:g}], 0 for the exact "
+        f"score; 20,000 points, batches of {training.BATCH:,}; in brackets the seconds taken; "
+        "steps of the longest run. azula has no network for the plane and gets ours."
     )
     return section("(a1) 2-D: excess loss against training time", text, head, rows, notes)
 
 
-def part_a2() -> str:
-    n, runs, budgets = (300, 1, (20, 36)) if QUICK else (2000, 3, (20, 36, 100))
-    roll = swiss_roll_density()
+def trained_network(quick: bool) -> su.Denoiser:
+    """The lecture's, on the roll."""
     torch.manual_seed(0)
-    learned = Denoiser(MLP())
-    levels = log_uniform(samplers.LOW, samplers.HIGH)
-    train(learned, swiss_roll(20_000, seed=0), levels, steps=50 if QUICK else 3500, batch_size=768, progress=False)
+    learned, data = su.Denoiser(su.MLP()), su.swiss_roll(20_000, seed=0)
+    levels, steps = su.log_uniform(samplers.LOW, samplers.HIGH), 50 if quick else 3500
+    su.train(learned, data, levels, steps=steps, batch_size=768, progress=False)
+    return learned
+
+
+def part_a2(quick: bool) -> str:
+    n, runs, budgets = (300, 1, (10, 20)) if quick else (2000, 3, (10, 20, 36, 100))
+    roll, learned = su.swiss_roll_density(), trained_network(quick)
     exact = [roll.sample(n, torch.Generator().manual_seed(i)).float() for i in range(6)]
-    unit = sum(distance(x, exact[3:]) for x in exact[:3]) / 3
+    one = unit(exact)
+
+    def cell(method: samplers.Sampler, denoiser: Denoise, calls: int) -> str:
+        far, counter = 0.0, Counter(denoiser)
+        for seed in range(runs):
+            noise = seeded(seed, n, 2)
+            with torch.no_grad():
+                x = quiet(lambda noise=noise: method(counter, noise, calls))
+            far += distance(x, exact[3:])
+        return f"{number(far / runs / one)} ({counter.calls // runs})"
+
     methods, notes = collect(*samplers.GROUPS)
     rows = []
     for name, method in methods.items():
-        row = [name]
-        for denoiser, calls in [(roll, calls) for calls in budgets] + [(learned, 36)]:
-            far, counter = 0.0, Counter(denoiser)
-            for seed in range(runs):
-                noise = seeded(seed, n, 2)
-                with torch.no_grad():
-                    far += distance(quiet(lambda f=method, c=counter, z=noise, k=calls: f(c, z, k)), exact[3:])
-            row.append(f"{number(far / runs / unit)} ({counter.calls // runs})")
-        rows.append(row)
-        report(row)
-    head = ["sliced Wasserstein-1, exact against exact = 1, at", *(f"{c} calls" for c in budgets), "36 calls, trained MLP"]
-    text = f"Exact denoiser, {n:,} samples, mean of {runs} starts; the calls that were made in brackets. Differences below 0.15 say nothing."
+        cells = [cell(method, roll, calls) for calls in budgets]
+        rows.append([name, *cells, cell(method, learned, 36)])
+        report(rows[-1])
+    columns = [*(f"{c} calls" for c in budgets), "36 calls, trained MLP"]
+    head = ["sliced Wasserstein-1, exact against exact = 1, at", *columns]
+    text = (
+        f"Exact denoiser, {n:,} samples, mean of {runs} starts; the calls that were made in "
+        "brackets. Differences below 0.15 say nothing."
+    )
     return section("(a2) 2-D: sampling error against network calls", text, head, rows, notes)
 
 
-def part_b() -> str:
-    problems, calls = ({8: 1, 80: 1}, 20) if QUICK else ({8: 3, 80: 2, 800: 1}, 100)
-    size = {d: 200 if QUICK else 1000 if d == 800 else 2000 for d in problems}
-    cases = [(d, m) for d in problems for m in (1, 2, 4)]
+class Score:
+    """A method's distances by column, and what its last run cost."""
+
+    def __init__(self, method: posterior.Posterior) -> None:
+        self.method, self.far, self.calls, self.seconds = method, {}, 0, 0.0
+
+    def run(
+        self, problem: posterior.Problem, calls: int, noise: Tensor, exact: list[Tensor]
+    ) -> str | None:
+        """Adds the distance to the column (d, m) of the problem; the error's name if it broke."""
+        column, error = tuple(problem.matrix.T.shape), None
+        problem.denoiser.calls, start = 0, time.perf_counter()
+        try:
+            x = quiet(lambda: self.method(problem, calls, noise))
+            far = distance(x, exact) if x.isfinite().all() else float("nan")
+        except BROKEN as broken:
+            far, error = float("nan"), type(broken).__name__
+        self.calls, self.seconds = problem.denoiser.calls, time.perf_counter() - start
+        self.far[column] = self.far.get(column, 0.0) + far
+        return error
+
+
+def part_b(quick: bool) -> str:
+    problems, calls = ({8: 1, 80: 1}, 20) if quick else ({8: 3, 80: 2, 800: 1}, 100)
+    size = {d: 200 if quick else 1000 if d == 800 else 2000 for d in problems}
+    columns = [(d, m) for d in problems for m in (1, 2, 4)]
     methods, notes = collect(*posterior.GROUPS)
-    far: dict[str, dict[tuple[int, int], float]] = {name: dict.fromkeys(cases, 0.0) for name in methods}
-    unit, counts, seconds = dict.fromkeys(cases, 0.0), dict.fromkeys(methods, 0), dict.fromkeys(methods, 0.0)
-    for d, m in cases:
-        n = size[d]
+    scores = {name: Score(method) for name, method in methods.items()}
+    one = dict.fromkeys(columns, 0.0)
+    for d, m in columns:
         for seed in range(problems[d]):
             problem = posterior.mixture_problem(d, m, seed)
             exact = problem.mixture.posterior(problem.observation)
-            sets = [exact.sample(n, torch.Generator().manual_seed(2000 + i)) for i in range(6)]
-            unit[d, m] += sum(distance(x, sets[3:]) for x in sets[:3]) / 3
-            for name, method in methods.items():
-                noise, problem.denoiser.calls, start = seeded(seed, n, d, dtype=torch.float64), 0, time.perf_counter()
-                try:
-                    x = quiet(lambda f=method, p=problem, z=noise: f(p, calls, z))
-                    far[name][d, m] += distance(x, sets[3:]) if x.isfinite().all() else float("nan")
-                except (RuntimeError, FloatingPointError, ValueError) as error:
-                    far[name][d, m] = float("nan")
-                    notes.append(f"{name}, d = {d}, {m} observed: {type(error).__name__}.")
-                counts[name], seconds[name] = problem.denoiser.calls, time.perf_counter() - start
-        for name in methods:
-            report([name, f"d = {d}, m = {m}", number(far[name][d, m] / unit[d, m]), f"{seconds[name]:.1f} s"])
-    rows = [[name, *(number(far[name][case] / unit[case]) for case in cases), str(counts[name]), f"{seconds[name]:.1f}"] for name in methods]
-    head = ["exact against exact = 1; d, m =", *(f"{d}, {m}" for d, m in cases), "calls", "seconds"]
+            seeds = [torch.Generator().manual_seed(2000 + i) for i in range(6)]
+            sets = [exact.sample(size[d], generator) for generator in seeds]
+            one[d, m] += unit(sets)
+            for name, score in scores.items():
+                noise = seeded(seed, size[d], d, dtype=torch.float64)
+                if error := score.run(problem, calls, noise, sets[3:]):
+                    notes.append(f"{name}, d = {d}, {m} observed: {error}.")
+        for name, score in scores.items():
+            far = number(score.far[d, m] / one[d, m])
+            report([name, f"d = {d}, m = {m}", far, f"{score.seconds:.1f} s"])
+    rows = []
+    for name, score in scores.items():
+        cells = [number(score.far[column] / one[column]) for column in columns]
+        rows.append([name, *cells, str(score.calls), f"{score.seconds:.1f}"])
+    names = [f"{d}, {m}" for d, m in columns]
+    head = ["exact against exact = 1; d, m =", *names, "calls", "seconds"]
     each = ", ".join(f"{k} for d = {d} ({size[d]:,} draws)" for d, k in problems.items())
     text = (
-        "Mean sliced Wasserstein-1 distance to exact posterior draws; 25 Gaussians in d dimensions, m numbers observed, σ from 2000 to 0.01. "
+        "Mean sliced Wasserstein-1 distance to exact posterior draws; 25 Gaussians in d "
+        "dimensions, m numbers observed, σ from 2000 to 0.01. "
         f"Problems a column: {each}. Calls and seconds are those of the last column's runs."
     )
     return section("(b) Gaussian mixtures: posterior error", text, head, rows, notes)
 
 
-def part_c() -> str:
-    n, repeats = (4, 1) if QUICK else (64, 5)
-    network = load_pretrained("mnist")
-    names = ("sde_utils: Heun", "azula: Heun", "k-diffusion: Heun", "diffusers: Heun", "smalldiffusion: DDIM")
+def part_c(quick: bool) -> str:
+    n, repeats = (4, 1) if quick else (64, 5)
+    network = su.load_pretrained("mnist")
     methods, notes = collect(*samplers.GROUPS)
-    methods = {name: methods[name] for name in names if name in methods}
-    taken: dict[str, list[float]] = {name: [] for name in ("bare", *methods)}
-    counts = dict.fromkeys(methods, 0)
-    with torch.no_grad():
-        for repeat in range(repeats + 1):  # the first round warms up
-            noise = seeded(repeat, n, 1, 28, 28)
-            taken["bare"].append(bare(network, noise))
-            for name, method in methods.items():
-                counter, start = Counter(network), time.perf_counter()
-                calls = 36 if name.startswith("azula") else 35
-                x = quiet(lambda f=method, c=counter, z=noise, k=calls: f(c, z, k))
-                taken[name].append(time.perf_counter() - start)
-                counts[name] = counter.calls
-                if not x.isfinite().all():
-                    notes.append(f"{name} left the finite numbers.")
+    names = [name for name in (*FASTEST, "smalldiffusion: DDIM") if name in methods]
+    taken: dict[str, list[float]] = {name: [] for name in ("bare", *names)}
+    counts = dict.fromkeys(names, 0)
+    for repeat in range(repeats + 1):  # the first round warms up
+        noise = seeded(repeat, n, 1, 28, 28)
+        taken["bare"].append(bare(network, noise))
+        for name in names:
+            counter, calls = Counter(network), 36 if name.startswith("azula") else 35
+            x, seconds = timed(methods[name], counter, noise, calls)
+            taken[name].append(seconds)
+            counts[name] = counter.calls
+            if not x.isfinite().all():
+                notes.append(f"{name} left the finite numbers.")
     middle = {name: statistics.median(times[1:]) for name, times in taken.items()}
-    rows = [["35 bare network calls", "35", f"{middle['bare']:.2f}", f"{1000 * middle['bare'] / n:.1f}", "1.00"]]
-    for name in methods:
-        ratio = middle[name] / counts[name] * 35 / middle["bare"]
-        rows.append([name, str(counts[name]), f"{middle[name]:.2f}", f"{1000 * middle[name] / n:.1f}", f"{ratio:.2f}"])
-        report(rows[-1])
+
+    def row(name: str, calls: int, key: str) -> list[str]:
+        ratio = middle[key] / calls * 35 / middle["bare"]
+        each = f"{1000 * middle[key] / n:.1f}"
+        return [name, str(calls), f"{middle[key]:.2f}", each, f"{ratio:.2f}"]
+
+    rows = [row("35 bare network calls", 35, "bare")]
+    rows += [row(name, counts[name], name) for name in names]
     head = [f"{n} digits of 28 x 28", "calls", "seconds", "ms a sample", "of as many bare calls"]
-    text = f"18 Heun steps with the shipped network; medians of {repeats}, taken in turn. smalldiffusion has no Heun and takes 35 DDIM steps."
+    text = (
+        f"18 Heun steps with the shipped network; medians of {repeats}, taken in turn. "
+        "smalldiffusion has no Heun and takes 35 DDIM steps."
+    )
     return section("(c) Images: time", text, head, rows, notes)
 
 
+@torch.no_grad()
 def bare(network: Denoise, noise: Tensor, calls: int = 35) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -145,34 +194,39 @@ def bare(network: Denoise, noise: Tensor, calls: int = 35) -> float:
     return time.perf_counter() - start
 
 
-def section(title: str, text: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
-    return "\n\n".join([f"### {title}", text, table(head, rows), *(f"- {note}" for note in notes)])
+@torch.no_grad()
+def timed(
+    method: samplers.Sampler, denoiser: Denoise, noise: Tensor, calls: int
+) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    x = quiet(lambda: method(denoiser, noise, calls))
+    return x, time.perf_counter() - start
 
 
-def report(row: list[str]) -> None:
-    print("  ".join(row), file=sys.stderr, flush=True)
-
-
-PARTS = {"a1": part_a1, "a2": part_a2, "b": part_b, "c": part_c}
+PARTS: dict[str, Callable[[bool], str]] = {"a1": part_a1, "a2": part_a2, "b": part_b, "c": part_c}
 
 
 def main() -> None:
-    global QUICK
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "a"], default=list(PARTS), help="a is a1 and a2")
+    names = [*PARTS, "a"]
+    parser.add_argument(
+        "--parts", nargs="+", choices=names, default=list(PARTS), help="a is a1 and a2"
+    )
     parser.add_argument("--out", type=Path, help="write the tables there, too")
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that everything runs")
-    arguments = parser.parse_args()
-    QUICK = arguments.quick
+    parser.add_argument("--quick", action="store_true", help="only to see that everything runs")
+    settings = parser.parse_args()
+    if settings.out and (settings.out.is_dir() or not settings.out.parent.is_dir()):
+        parser.error(f"--out must name a file in a folder that exists, got {settings.out}")
     start = time.perf_counter()
-    parts = [name for name in PARTS if name in arguments.parts or name[0] in arguments.parts]
-    sections = [PARTS[name]() for name in parts]
+    parts = [name for name in PARTS if name in settings.parts or name[0] in settings.parts]
+    sections = [PARTS[name](settings.quick) for name in parts]
     where = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    when = f"{datetime.date.today()}; {where}; {versions()}; {(time.perf_counter() - start) / 60:.0f} minutes."
+    minutes = f"{(time.perf_counter() - start) / 60:.0f} minutes"
+    when = f"{datetime.date.today()}; {where}; {versions()}; {minutes}."
     text = "\n\n".join([when, *sections]) + "\n"
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    if settings.out:
+        settings.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Samplers of every library behind one signature: (denoiser, standard normal noise, number of network calls) -> samples.
+"""Samplers of every library behind one signature: (denoiser, noise, network calls) -> samples.
 
-All run from σ = 50 to σ = 0.01, each on the grid that its library offers for that. Libraries are imported where they are used.
+`noise` is standard normal. All run from σ = 50 to about 0.01, each on the best of the grids that
+its library offers. Libraries are imported where they are used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sde_utils import VESDE, VPSDE, Multistep, ancestral, euler_maruyama, heun, karras_times, sample
+import sde_utils as su
 
 from .common import Denoise
 
@@ -20,30 +21,42 @@ LOW, HIGH = 0.01, 50.0
 Sampler = Callable[[Denoise, Tensor, int], Tensor]
 
 
+def rectified_times(sde: su.SDE, n: int) -> list[float]:
+    """n times, σ/(1 + σ) equally spaced from σ = 50 to 0.01: the grid of azula's rectified schedule."""
+    u = torch.linspace(HIGH / (1 + HIGH), LOW / (1 + LOW), n, dtype=torch.float64)
+    return sde.time(u / (1 - u)).tolist()
+
+
 def sde_utils() -> dict[str, Sampler]:
-    ve, vp = VESDE(LOW, HIGH), VPSDE(0.1, 2 * math.log1p(HIGH**2) - 0.1)  # σ(1) = 50 in both
+    ve, vp = su.VESDE(LOW, HIGH), su.VPSDE(0.1, 2 * math.log1p(HIGH**2) - 0.1)  # σ(1) = 50 in both
 
     def maruyama(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
-        return sample(ve, denoiser, HIGH * noise, steps=calls - 1, predictor=euler_maruyama)
+        return su.sample(ve, denoiser, HIGH * noise, steps=calls)
 
     def ancestral_vp(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
-        return sample(vp, denoiser, vp.scale(1.0).to(noise) * HIGH * noise, steps=calls, predictor=ancestral)
+        x = vp.scale(1.0).to(noise) * HIGH * noise
+        return su.sample(vp, denoiser, x, steps=calls, predictor=su.ancestral)
 
     def ode(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
-        return sample(ve, denoiser, HIGH * noise, times=karras_times(ve, (calls + 1) // 2), predictor=heun)
+        times = su.karras_times(ve, (calls + 1) // 2)
+        return su.sample(ve, denoiser, HIGH * noise, times=times, predictor=su.heun)
 
-    def multistep(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
-        return sample(ve, denoiser, HIGH * noise, steps=calls, predictor=Multistep())
+    def multistep(denoiser: Denoise, noise: Tensor, calls: int, order: int) -> Tensor:
+        times, predictor = rectified_times(ve, calls), su.multistep(order, sigma_data=1.0)
+        return su.sample(ve, denoiser, HIGH * noise, times=times, predictor=predictor)
 
     return {
         "sde_utils: Euler–Maruyama": maruyama,
         "sde_utils: ancestral (VP)": ancestral_vp,
         "sde_utils: Heun": ode,
-        "sde_utils: Multistep": multistep,
+        "sde_utils: multistep, order 2": partial(multistep, order=2),
+        "sde_utils: multistep, order 3": partial(multistep, order=3),
     }
 
 
-def azula_denoiser(denoiser: Denoise, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]) -> nn.Module:
+def azula_denoiser(
+    denoiser: Denoise, schedule: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> nn.Module:
     """D as azula's: of α (x_0 + σ/α ε), at a time of its schedule."""
     from azula.denoise import Denoiser, DiracPosterior
 
@@ -61,18 +74,28 @@ def azula_denoiser(denoiser: Denoise, schedule: Callable[[Tensor], tuple[Tensor,
 
 def azula() -> dict[str, Sampler]:
     from azula.noise import RectifiedSchedule
-    from azula.sample import DDIMSampler, DDPMSampler, HeunSampler, xEABSampler, zABSampler
+    from azula.sample import DDIMSampler, DDPMSampler, HeunSampler
+    from azula.sample import vABSampler, xEABSampler, zABSampler
 
-    schedule = RectifiedSchedule(1 / HIGH, LOW)  # of its five the best for most samplers here; σ/α from 0.01 to 50
+    # of its five the best for most samplers here; σ/α from 0.01 to 50
+    schedule = RectifiedSchedule(1 / HIGH, LOW)
 
-    def run(denoiser: Denoise, noise: Tensor, calls: int, kind: Callable[..., Callable[[Tensor], Tensor]], calls_a_step: int = 1) -> Tensor:
-        sampler = kind(azula_denoiser(denoiser, schedule), steps=calls // calls_a_step, silent=True)
-        return sampler(schedule.sigma(torch.ones(())) * noise)
+    def run(
+        denoiser: Denoise,
+        noise: Tensor,
+        calls: int,
+        kind: Callable[..., Callable[[Tensor], Tensor]],
+        calls_a_step: int = 1,
+    ) -> Tensor:
+        given, steps = azula_denoiser(denoiser, schedule), calls // calls_a_step
+        return kind(given, steps=steps, silent=True)(schedule.sigma(torch.ones(())) * noise)
 
     return {
         "azula: DDPM": partial(run, kind=DDPMSampler),
         "azula: DDIM": partial(run, kind=DDIMSampler),
         "azula: Heun": partial(run, kind=HeunSampler, calls_a_step=2),
+        "azula: vAB, order 2": partial(run, kind=partial(vABSampler, order=2)),
+        "azula: vAB, order 3": partial(run, kind=partial(vABSampler, order=3)),
         "azula: zAB, order 3": partial(run, kind=partial(zABSampler, order=3)),
         "azula: xEAB, order 2": partial(run, kind=partial(xEABSampler, order=2)),
     }
@@ -83,7 +106,8 @@ def k_diffusion() -> dict[str, Sampler]:
 
     def run(denoiser: Denoise, noise: Tensor, calls: int, kind: Callable[..., Tensor]) -> Tensor:
         levels = (calls + 1) // 2 if kind is sampling.sample_heun else calls
-        return kind(denoiser, HIGH * noise, sampling.get_sigmas_karras(levels, LOW, HIGH), disable=True)
+        sigmas = sampling.get_sigmas_karras(levels, LOW, HIGH)
+        return kind(denoiser, HIGH * noise, sigmas, disable=True)
 
     return {
         "k-diffusion: Euler ancestral": partial(run, kind=sampling.sample_euler_ancestral),
@@ -95,20 +119,25 @@ def k_diffusion() -> dict[str, Sampler]:
 def diffusers() -> dict[str, Sampler]:
     from diffusers import EDMDPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-    def dpm(denoiser: Denoise, noise: Tensor, calls: int, algorithm: str = "dpmsolver++") -> Tensor:
-        scheduler = EDMDPMSolverMultistepScheduler(sigma_min=LOW, sigma_max=HIGH, sigma_data=1.0, algorithm_type=algorithm)
+    def dpm(
+        denoiser: Denoise, noise: Tensor, calls: int, algorithm: str = "dpmsolver++"
+    ) -> Tensor:
+        scheduler = EDMDPMSolverMultistepScheduler(
+            sigma_min=LOW, sigma_max=HIGH, sigma_data=1.0, algorithm_type=algorithm
+        )
         scheduler.set_timesteps(calls)
         x = scheduler.init_noise_sigma * noise
         for i, t in enumerate(scheduler.timesteps):
             sigma = scheduler.sigmas[i].to(x)
             norm = (sigma**2 + 1).sqrt()
-            x0_hat = denoiser(x, sigma)
-            x = scheduler.step((x0_hat - x / norm**2) * norm / sigma, t, x).prev_sample  # the network F behind D, sigma_data = 1
+            f = (denoiser(x, sigma) - x / norm**2) * norm / sigma  # the network behind D
+            x = scheduler.step(f, t, x).prev_sample
         return x
 
-    levels = torch.logspace(torch.tensor(LOW).log10(), torch.tensor(HIGH).log10(), 1000, dtype=torch.float64)
-    kept = 1 / (1 + levels**2)
-    betas = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).numpy()  # the discrete chain whose noise levels are these
+    low, high = torch.tensor(LOW).log10(), torch.tensor(HIGH).log10()
+    kept = 1 / (1 + torch.logspace(low, high, 1000, dtype=torch.float64) ** 2)
+    # the discrete chain whose noise levels are these
+    betas = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).numpy()
 
     def heun(denoiser: Denoise, noise: Tensor, calls: int) -> Tensor:
         scheduler = HeunDiscreteScheduler(trained_betas=betas, use_karras_sigmas=True)
@@ -140,7 +169,8 @@ def smalldiffusion() -> dict[str, Sampler]:
 
     def run(denoiser: Denoise, noise: Tensor, calls: int, gam: float, mu: float) -> Tensor:
         sigmas = ScheduleLogLinear(1000, LOW, HIGH).sample_sigmas(calls)
-        *_, x = samples(Given(denoiser, noise.shape[1:]), sigmas, gam, mu, xt=HIGH * noise, accelerator=Accelerator(cpu=True))
+        model, place = Given(denoiser, noise.shape[1:]), Accelerator(cpu=True)
+        *_, x = samples(model, sigmas, gam, mu, xt=HIGH * noise, accelerator=place)
         return x
 
     return {

@@ -1,4 +1,7 @@
-"""Learning the Swiss roll in so many seconds: every library's own loss and loop, the same data, batch size and noise levels."""
+"""Learning the Swiss roll in so many seconds: every library's own loss and loop.
+
+The data, the size of a batch and the noise levels are the same.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from sde_utils import MLP, Denoiser, GaussianMixture, log_uniform, train
+import sde_utils as su
 
 from .common import Denoise
 from .samplers import HIGH, LOW
 
 BATCH = 1024
-Trainer = Callable[[Tensor, Sequence[float]], Iterator[tuple[Denoise, int, float]]]  # (data, budgets) -> denoiser, steps, seconds of each
+Look = tuple[Denoise, int, float]  # a denoiser, after so many steps and seconds
+Trainer = Callable[[Tensor, Sequence[float]], Iterator[Look]]  # (data, budgets) -> one look each
 
 
-def excess_loss(denoiser: Denoise, exact: GaussianMixture, n: int = 20_000) -> float:
-    """`E |ε̂ - ε*|² / 2` over ln σ uniform, z from the exact density: what a loss lies above its floor."""
+def excess_loss(denoiser: Denoise, exact: su.GaussianMixture, n: int = 20_000) -> float:
+    """`E |ε̂ - ε*|² / 2`, ln σ uniform, z from the exact density: what a loss lies above its floor."""
     generator = torch.Generator().manual_seed(1000)
-    sigma = log_uniform(LOW, HIGH)(n, generator)
+    sigma = su.log_uniform(LOW, HIGH)(n, generator)
     z = exact.sample(n, generator).float() + sigma[:, None] * torch.randn(n, 2, generator=generator)
     with torch.no_grad():
         gap = (denoiser(z, sigma) - exact(z, sigma)) / sigma[:, None]
@@ -30,13 +34,16 @@ def excess_loss(denoiser: Denoise, exact: GaussianMixture, n: int = 20_000) -> f
 
 
 def batches(data: Tensor) -> DataLoader:
-    """Random batches, each gathered by one indexing: the default loader would spend the time on stacking single points."""
-    sampler = BatchSampler(RandomSampler(data, replacement=True, num_samples=10**9), BATCH, drop_last=True)
+    """Random batches, each gathered by one indexing: the default loader would stack points."""
+    points = RandomSampler(data, replacement=True, num_samples=10**9)
+    sampler = BatchSampler(points, BATCH, drop_last=True)
     return DataLoader(TensorDataset(data), batch_size=None, sampler=sampler, collate_fn=None)
 
 
-def snapshots(denoiser: Denoise, steps: Iterator[object], budgets: Sequence[float]) -> Iterator[tuple[Denoise, int, float]]:
-    """Take steps, and stop at each budget for a look at the denoiser as it then is; the clock stands still meanwhile."""
+def snapshots(
+    denoiser: Denoise, steps: Iterator[object], budgets: Sequence[float]
+) -> Iterator[Look]:
+    """Take steps, and stop at each budget for a look; the clock stands still meanwhile."""
     spent, count = 0.0, 0
     for budget in budgets:
         while spent < budget:
@@ -47,17 +54,23 @@ def snapshots(denoiser: Denoise, steps: Iterator[object], budgets: Sequence[floa
 
 
 def sde_utils() -> dict[str, Trainer]:
-    def run(data: Tensor, budgets: Sequence[float]) -> Iterator[tuple[Denoise, int, float]]:
-        """`train` is told its steps, for its schedule: one run a budget, their number from the time of 100 steps, which is not counted."""
-        settings = {"batch_size": BATCH, "progress": False}
-        train(Denoiser(MLP()), data, log_uniform(LOW, HIGH), steps=10, **settings)
+    def run(data: Tensor, budgets: Sequence[float]) -> Iterator[Look]:
+        """`train` is told its steps, for its schedule: one run a budget.
+
+        Their number is told from the time of 100 steps, which is not counted.
+        """
+
+        def learn(steps: int) -> tuple[Denoise, float]:
+            denoiser, start = su.Denoiser(su.MLP()), time.perf_counter()
+            levels, settings = su.log_uniform(LOW, HIGH), {"batch_size": BATCH, "progress": False}
+            su.train(denoiser, data, levels, steps=steps, **settings)
+            return denoiser, time.perf_counter() - start
+
+        learn(10)
         for budget in budgets:
-            start = time.perf_counter()
-            train(Denoiser(MLP()), data, log_uniform(LOW, HIGH), steps=100, **settings)
-            steps = max(1, int(100 * budget / (time.perf_counter() - start)))
-            denoiser, start = Denoiser(MLP()), time.perf_counter()
-            train(denoiser, data, log_uniform(LOW, HIGH), steps=steps, **settings)
-            yield denoiser, steps, time.perf_counter() - start
+            steps = max(1, int(100 * budget / learn(100)[1]))
+            denoiser, seconds = learn(steps)
+            yield denoiser, steps, seconds
 
     return {"sde_utils: train, MLP": run}
 
@@ -71,14 +84,13 @@ def azula() -> dict[str, Trainer]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.network = MLP()
+            self.network = su.MLP()
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.network(x, t.flatten().expand(len(x)) / 4)
 
-    def run(data: Tensor, budgets: Sequence[float], lr: float) -> Iterator[tuple[Denoise, int, float]]:
-        schedule = VESchedule(LOW, HIGH)
-        model = KarrasDenoiser(Backbone(), schedule)
+    def run(data: Tensor, budgets: Sequence[float], lr: float) -> Iterator[Look]:
+        model = KarrasDenoiser(Backbone(), VESchedule(LOW, HIGH))
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
 
         def loop() -> Iterator[None]:
@@ -95,7 +107,8 @@ def azula() -> dict[str, Trainer]:
 
         return snapshots(denoiser, loop(), budgets)
 
-    return {f"azula: KarrasDenoiser around our MLP, Adam, lr {lr}": partial(run, lr=lr) for lr in (0.001, 0.005)}
+    name = "azula: KarrasDenoiser around our MLP, Adam"
+    return {f"{name}, lr {lr}": partial(run, lr=lr) for lr in (0.001, 0.005)}
 
 
 def smalldiffusion() -> dict[str, Trainer]:
@@ -103,10 +116,12 @@ def smalldiffusion() -> dict[str, Trainer]:
     from smalldiffusion import ScheduleLogLinear, TimeInputMLP, training_loop
     from smalldiffusion.model import Scaled
 
-    def run(data: Tensor, budgets: Sequence[float], kind: Callable[[], nn.Module], lr: float) -> Iterator[tuple[Denoise, int, float]]:
-        model = kind()
+    def run(
+        data: Tensor, budgets: Sequence[float], kind: Callable[[], nn.Module], lr: float
+    ) -> Iterator[Look]:
+        model, levels = kind(), ScheduleLogLinear(1000, LOW, HIGH)
         loader = (batch for (batch,) in batches(data))
-        loop = training_loop(loader, model, ScheduleLogLinear(1000, LOW, HIGH), Accelerator(cpu=True), epochs=1, lr=lr)
+        loop = training_loop(loader, model, levels, Accelerator(cpu=True), epochs=1, lr=lr)
 
         def denoiser(z: Tensor, sigma: Tensor) -> Tensor:
             sigma = sigma.expand(len(z))[:, None]
@@ -114,9 +129,10 @@ def smalldiffusion() -> dict[str, Trainer]:
 
         return snapshots(denoiser, loop, budgets)
 
+    name, plain, ready = "smalldiffusion: training_loop", TimeInputMLP, Scaled(TimeInputMLP)
     return {
-        "smalldiffusion: training_loop, TimeInputMLP, lr 0.001": partial(run, kind=TimeInputMLP, lr=0.001),
-        "smalldiffusion: training_loop, Scaled(TimeInputMLP), lr 0.005": partial(run, kind=Scaled(TimeInputMLP), lr=0.005),
+        f"{name}, TimeInputMLP, lr 0.001": partial(run, kind=plain, lr=0.001),
+        f"{name}, Scaled(TimeInputMLP), lr 0.005": partial(run, kind=ready, lr=0.005),
     }
 
 

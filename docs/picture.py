@@ -17,26 +17,31 @@ sde, roll = su.VESDE(), su.swiss_roll_density()
 obs = su.Observation(lambda x: x[:, :1], torch.tensor([0.5]), 0.05)
 posterior = roll.posterior(obs)
 reference = su.roll_mass(posterior.sample(100_000, generator).float())
-times = su.uniform_times(STEPS)
-shown = [k for k, t in enumerate(times) if float(sde.sigma(t)) < 3]  # before, all is noise
+levels = [float(sde.sigma(t)) for t in su.uniform_times(STEPS)] + [0.0]  # of the states; 0: clean
+shown = [k for k, sigma in enumerate(levels) if sigma < 3]  # before, all is noise
 start = sde.prior((POINTS, 2), generator=generator)
-denoisers = {"DPS": su.DPS(roll, obs), "PiGDM": su.PiGDM(roll, obs), "MMPS": su.MMPS(roll, obs), "exact posterior": posterior}
-paths = {
-    name: su.sample(sde, d, start, times=times, predictor=su.ancestral, generator=generator, trajectory=True) for name, d in denoisers.items()
+denoisers = {
+    "DPS": su.DPS(roll, obs),
+    "PiGDM": su.PiGDM(roll, obs, (2,)),
+    "MMPS": su.MMPS(roll, obs),
+    "exact posterior": posterior,
 }
+options = {"steps": STEPS, "predictor": su.ancestral, "generator": generator, "trajectory": True}
+paths = {name: su.sample(sde, d, start, **options) for name, d in denoisers.items()}
 
 
 def frame(i: int) -> Figure:
     k = shown[round(i * (len(shown) - 1) / (FRAMES - 1))]
-    sigma = float(sde.sigma(times[k])) if k < STEPS else 0.0
     figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.5))
     for ax, (name, path) in zip(axes, paths.items(), strict=True):
-        draw.draw_density(ax, roll, sigma, n=100, alpha=0.3)
+        draw.draw_density(ax, roll, levels[k], n=100, alpha=0.3)
         ax.axvline(0.5, color=draw.BLACK, marker="none", linewidth=0.8, linestyle=":")
-        draw.draw_points(ax, path[k], s=2, color=draw.BLUE if name == "exact posterior" else draw.RED)
+        colour = draw.BLUE if name == "exact posterior" else draw.RED
+        draw.draw_points(ax, path[k], s=2, color=colour)
         wrong = float(su.total_variation(su.roll_mass(path[-1]), reference))
-        ax.set_title(name if k < STEPS else f"{name}: {100 * wrong:.0f} % misplaced", fontsize=9)
-        ax.set(xticks=[], yticks=[], xlabel=f"$\\sigma$ = {sigma:.2f}" if ax is axes[0] else "")
+        title = f"{name}: {100 * wrong:.0f} % misplaced" if k == STEPS else name
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=[], yticks=[], xlabel=f"$\\sigma$ = {levels[k]:.2f}" if ax is axes[0] else "")
     return figure
 
 

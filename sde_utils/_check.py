@@ -1,4 +1,4 @@
-"""What doors ask of a user's arguments, once. Errors name the argument, what it was, and what to write.
+"""What doors ask of a user's arguments, once. Errors name the argument and what it was.
 
 `TypeError` for a wrong kind of thing, `ValueError` for a wrong value. Only `batch`, `weights`,
 `linear` and `first_answer` look at the values in a tensor.
@@ -38,10 +38,11 @@ def number(
         value = value.item()  # type: ignore[attr-defined]
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {what(value)}")
-    above = value > low or (ends[0] == "[" and value == low)
-    below = value < high or (ends[1] == "]" and value == high)
-    require(above and below, f"{name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value}")
-    return float(value)
+    x = float(value)
+    above = x > low or (ends[0] == "[" and x == low)
+    below = x < high or (ends[1] == "]" and x == high)
+    require(above and below, f"{name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {x:g}")
+    return x
 
 
 def count(name: str, value: object, least: int = 1, most: int = 10**6) -> int:
@@ -67,7 +68,7 @@ def batch(name: str, x: Tensor, finite: bool = True) -> None:
     """A floating-point tensor of shape (B, *dims), with finite values."""
     tensor(name, x)
     shape = tuple(x.shape)
-    require(x.ndim > 1 and x.numel(), f"{name} must have shape (B, *dims), B > 0, got {shape}")
+    require(x.ndim > 1 and x.numel() > 0, f"{name} must have shape (B, *dims), B > 0, got {shape}")
     require(not finite or x.isfinite().all(), f"{name} must be finite, but holds NaN or infinity")
 
 
@@ -76,7 +77,7 @@ def weights(name: str, w: Tensor, n: int) -> None:
     tensor(name, w)
     require(w.shape == (n,), f"{name} must have shape ({n},), got {tuple(w.shape)}")
     good = w.isfinite().all() & (w >= 0).all() & (w.sum() > 0)
-    require(good, f"{name} must be finite, non-negative, not all 0; .exp() turns log-weights into such")
+    require(good, f"{name} must be finite, non-negative, not all 0 (log-weights: take .exp())")
 
 
 def generator(value: object) -> None:

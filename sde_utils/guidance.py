@@ -72,7 +72,7 @@ class PiGDM(Guided):
     """
 
     shape: tuple[int, ...]
-    variance: float | None = None
+    variance: float = None  # type: ignore[assignment]
     max_shift: float = field(default=10.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,8 @@ class PiGDM(Guided):
         wide = torch.promote_types(at.r.dtype, torch.float32)
         values, basis = (a.to(at.r.device, wide) for a in self.gram)
         square = at.levels[:, None].to(wide) ** 2
-        return Spectral(at.noise + square * self.variance / (square + self.variance) * values, basis)
+        rho2 = square * self.variance / (square + self.variance)
+        return Spectral(at.noise + rho2 * values, basis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +107,8 @@ class MMPS(Guided):
     C is what the linearisation of a curved A leaves out (ours), over `probes` fixed δ ~ N(0, ρ² I),
     ρ² = σ² s² / (σ² + s²), s = `denoiser.sigma_data` or 1; calls of A only. Up to `dense` observed
     numbers S is built, by one vector-Jacobian product each; where a learned J is not positive, the
-    direction has no say. Above, S⁻¹ r takes `iterations` of conjugate gradients with the diagonal of
-    C, one product each, and one more at the end; log p(y | z) builds S in any case.
+    direction has no say. Above, S⁻¹ r takes `iterations` of conjugate gradients with the diagonal
+    of C, one product each, and one more at the end; log p(y | z) builds S in any case.
     Source: Rozet et al. 2024 (arXiv 2405.13712), section 4.2, for linear A and so without C.
     """
 

@@ -1,4 +1,4 @@
-r"""What a method of guidance is made of: derivatives at a point, a covariance, the shift it gives."""
+"""What a method of guidance is made of: derivatives at a point, a covariance, the shift."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from .observation import Observation
 class Tangent:
     """x̂ = D(z, σ) and r = y - A(x̂), by one network call, and products with their derivatives."""
 
-    def __init__(self, denoiser: Denoise, obs: Observation, z: Tensor, sigma: float | Tensor):
+    def __init__(
+        self, denoiser: Denoise, obs: Observation, z: Tensor, sigma: float | Tensor
+    ) -> None:
         check.batch("z", z, finite=False)
         self.noise, self.sigma = obs.noise_std**2, as_level(sigma, z)  # σ_y², and σ over z's dims
         self.levels = self.sigma.flatten()  # σ, (1,) or (B,)

@@ -14,6 +14,15 @@ from ._numerics import Denoise, Random, differentiable, expand, randn_like
 from .sde import SDE, check_sde
 
 
+def trace_vectors(z: Tensor, probes: int | None, generator: Random) -> Tensor:
+    """Vectors v with tr M = Σ vᵀ M v: the d units, or Rademacher ones, for which it is the mean."""
+    if probes is None:
+        d = z[0].numel()
+        return torch.eye(d, dtype=z.dtype, device=z.device).reshape(d, 1, *z.shape[1:])
+    shape = (check.count("probes", probes), *z.shape)
+    return randn_like(z.expand(shape), generator).sign() / math.sqrt(probes)
+
+
 def traced(denoiser: Denoise, z: Tensor, sigma: float, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """z - D(z, σ), (B, *dims), and the trace of its derivative, (B,), seen along the vectors."""
     z, x0_hat = differentiable(denoiser, z, z.new_full((), sigma))
@@ -59,20 +68,15 @@ def log_likelihood(
     steps = check.count("steps", steps)
     sigma = float(sde.sigma(0.0)) or 0.01 if sigma is None else check.number("sigma", sigma)
     sde.time(sigma)  # refuses a σ out of range
-    z, d, top = x0.detach(), x0[0].numel(), float(sde.sigma(1.0))
-    if probes is None:
-        units = torch.eye(d, dtype=z.dtype, device=z.device)
-        vectors = units.reshape(d, 1, *z.shape[1:])
-    else:
-        shape = (check.count("probes", probes), *z.shape)
-        vectors = randn_like(z.expand(shape), generator).sign() / math.sqrt(probes)
+    z, top = x0.detach(), float(sde.sigma(1.0))
+    vectors = trace_vectors(z, probes, generator)
     h, gained = math.log(top / sigma) / steps, z.new_zeros(len(z))
     for i in tqdm(range(steps), desc="likelihood", file=sys.stdout, disable=not progress):
         z, gain = runge_kutta(denoiser, z, math.log(sigma) + i * h, h, vectors)
         gained = gained + gain
     total = gained + wide_gaussian(denoiser, z, top, vectors)
     if not total.isfinite().all():
-        causes = f"the denoiser or its derivative, too short a {z.dtype}, σ(1) = {top:g} below the data"
+        causes = f"the denoiser, its derivative, a short {z.dtype}, σ(1) = {top:g} below the data"
         raise FloatingPointError(f"the likelihood left the finite numbers; likely causes: {causes}")
     return total
 

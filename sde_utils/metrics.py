@@ -11,14 +11,20 @@ from . import _check as check
 from ._numerics import Random, randn_like
 
 
+def shapes(x: Tensor, y: Tensor, name: str = "y") -> str:
+    """x and y are batches; their shapes, in words."""
+    check.batch("x", x)
+    check.batch(name, y)
+    return f"{tuple(x.shape)} and {tuple(y.shape)}"
+
+
 def check_problems(truth: Tensor, draws: Tensor) -> None:
-    """One truth for each row of draws, finite."""
-    check.batch("draws", draws)
+    """One truth for each row of draws, all finite."""
     check.tensor("truth", truth)
-    found = f"{tuple(truth.shape)} and {tuple(draws.shape)}"
-    good = truth.ndim == 1 and draws.ndim == 2 and len(truth) == len(draws)
-    check.require(good, f"truth must be (N,) and draws (N, L), got {found}")
-    check.batch("truth", truth[:, None])
+    check.batch("draws", draws)
+    check.require(truth.isfinite().all(), "truth must be finite, but holds NaN or infinity")
+    good, found = truth.shape == draws.shape[:1] and draws.ndim == 2, tuple(draws.shape)
+    check.require(good, f"truth must be (N,), draws (N, L), got {tuple(truth.shape)}, {found}")
 
 
 def sliced_wasserstein(
@@ -32,14 +38,11 @@ def sliced_wasserstein(
     Returns: a scalar tensor.
     Source: Bonneel et al. 2015, J. Math. Imaging Vis. 51, there of the squares.
     """
-    check.batch("x", x)
-    check.batch("y", y)
-    check.count("projections", projections)
-    found = f"{tuple(x.shape)} and {tuple(y.shape)}"
+    found = shapes(x, y)
     check.require(x.shape == y.shape, f"x and y must have the same shape, got {found}")
     if x.dtype != y.dtype:
-        remedy = "y.to(x.dtype)"
-        raise TypeError(f"x and y must have the same dtype ({remedy}), got {x.dtype}, {y.dtype}")
+        raise TypeError(f"x and y must have one dtype, got {x.dtype}, {y.dtype}: y.to(x.dtype)")
+    projections = check.count("projections", projections)
     directions = randn_like(x.new_empty(x[0].numel(), projections), generator)
     directions = directions / directions.norm(dim=0)
     x, y = (a.flatten(1) @ directions for a in (x, y))
@@ -54,9 +57,8 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     check.tensor("p", p)
     for name, share in (("p", p), ("q", q)):
         check.weights(name, share, p.numel())
-        total = float(share.sum())
-        remedy = f"{name} / {name}.sum() does"
-        check.require(abs(total - 1) < 1e-3, f"{name} must sum to 1 ({remedy}), got {total:.6g}")
+        total = share.sum()
+        check.require(abs(total - 1) < 1e-3, f"{name} must sum to 1, got {total:.6g}")
     return (p - q).abs().sum() / 2
 
 
@@ -87,8 +89,7 @@ def central_interval(draws: Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]
     n, p = len(draws), (1 - level) / 2
     share = (p * (n + 1) - 1) / max(n - 1, 1)
     least = math.ceil(1 / p - 1 - 1e-9)
-    expected = f"at least {least} for an interval of level {level}"
-    check.require(share > -1e-9, f"draws must be {expected}, got {n}")
+    check.require(share > -1e-9, f"draws must be at least {least} for level {level}, got {n}")
     share = max(share, 0.0)
     return draws.quantile(share, dim=0), draws.quantile(1 - share, dim=0)
 
@@ -117,9 +118,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     Source: Dowson & Landau 1982, J. Multivariate Anal. 12; for images Heusel et al. 2017
     (arXiv 1706.08500).
     """
-    check.batch("x", x)
-    check.batch("y", y)
-    found = f"{tuple(x.shape)} and {tuple(y.shape)}"
+    found = shapes(x, y)
     good = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and min(len(x), len(y)) > 1
     check.require(good, f"x and y must be (n, d) and (m, d) with n, m > 1, got {found}")
     x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
@@ -138,10 +137,7 @@ def psnr(x: Tensor, truth: Tensor, peak: float = 2.0) -> Tensor:
         peak: of the values; 2 is that of images in [-1, 1].
     Returns: (B,).
     """
-    check.batch("x", x)
-    check.batch("truth", truth)
-    peak = check.number("peak", peak)
-    found = f"{tuple(x.shape)} and {tuple(truth.shape)}"
+    found, peak = shapes(x, truth, "truth"), check.number("peak", peak)
     good = x.shape[1:] == truth.shape[1:] and (len(x) == len(truth) or 1 in (len(x), len(truth)))
     check.require(good, f"x and truth must be (B, *dims), B = 1 for one of them, got {found}")
     return 10 * torch.log10(peak**2 / (x - truth).square().flatten(1).mean(1))

@@ -15,34 +15,24 @@ silu = nn.functional.silu
 
 
 def waves(c: Tensor, frequencies: Tensor) -> Tensor:
-    """c, cos(f c), sin(f c) for each frequency f, in a row.
-
-    Args: c: (B,). frequencies: (n,).   Returns: (B, 2n + 1).
-    """
+    """c, cos(f c), sin(f c) for each frequency f.   c: (B,). Returns: (B, 2 len(f) + 1)."""
     angles = c[:, None] * frequencies
     return torch.cat([c[:, None], angles.cos(), angles.sin()], dim=1)
 
 
 class MLP(nn.Module):
-    """A residual network for low-dimensional data, conditioned on c by waves of π, 2π, ...
+    """A residual network F(x, c) for low-dimensional data: x (B, dim), c (B,) -> (B, dim).
 
-    It starts as the zero function, so that the untrained denoiser is the best linear one.
-
-    Args:
-        dim: of the data.
-        width, depth: numbers of channels, and of blocks.
-        frequencies: number of waves.
-    F(x, c): x (B, dim), c (B,) -> (B, dim).
+    It starts as the zero function: the untrained denoiser is the best linear one.
+    Args: dim: of the data. width: channels. depth: blocks. frequencies: number of waves.
     """
 
     frequencies: Tensor
 
-    def __init__(
-        self, dim: int = 2, width: int = 64, depth: int = 3, frequencies: int = 8
-    ) -> None:
+    def __init__(self, dim: int = 2, width: int = 64, depth: int = 3, frequencies: int = 8) -> None:
         super().__init__()
-        given = {"dim": dim, "width": width, "depth": depth, "frequencies": frequencies}
-        self.config = {name: check.count(name, n) for name, n in given.items()}
+        sizes = {"dim": dim, "width": width, "depth": depth, "frequencies": frequencies}
+        self.config = {name: check.count(name, n) for name, n in sizes.items()}
         dim, width, depth, n = self.config.values()
         self.register_buffer("frequencies", math.pi * torch.arange(1, n + 1), persistent=False)
         self.embed = nn.Linear(2 * n + 1, width)
@@ -52,12 +42,12 @@ class MLP(nn.Module):
             inner, outer = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
             self.blocks.append(nn.Sequential(nn.SiLU(), inner, nn.SiLU(), outer))
         self.last = nn.Linear(width, dim)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         dim, found = self.config["dim"], tuple(x.shape)
-        check.require(found[1:] == (dim,), f"x must be (B, {dim}) for this MLP, got {found}")
+        check.require(found[1:] == (dim,), f"x must have shape (B, {dim}), got {found}")
         h = self.first(x) + self.embed(waves(c, self.frequencies))
         for block in self.blocks:
             h = h + block(h)
@@ -65,12 +55,9 @@ class MLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside the identity; (a, b) is linear in the embedded noise level.
+    """x + conv(silu((1 + a) norm(conv(silu(norm x))) + b)), then attention if there are heads.
 
-        x + conv(silu((1 + a) norm(conv(silu(norm x))) + b)).
-
-    Where the number of channels changes, x passes by a 1 x 1 convolution. With `heads`,
-    self-attention over the pixels follows.
+    (a, b) is linear in the embedded noise level. Args: inner, outer: channels.
     """
 
     def __init__(self, inner: int, outer: int, embedding: int, heads: int) -> None:
@@ -89,10 +76,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other, in `heads` parts of the channels.
-
-        x + W softmax(Q Kᵀ / sqrt(c)) V,   c channels in each part.
-    """
+    """x + W softmax(Q Kᵀ / sqrt(c)) V over the pixels, in parts of c = channels / heads."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -108,19 +92,29 @@ class Attention(nn.Module):
         return x + self.out(h.mT.reshape(x.shape))
 
 
+def u_shape(widths: Sequence[int], blocks: int, heads: int, wide: int) -> list[nn.ModuleList]:
+    """The residual blocks of each level on the way down, and on the way up."""
+    levels = [(w, 0) for w in widths[:-1]] + [(widths[-1], heads)]
+    down, up, passed, width = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
+    for w, attention in levels:
+        sizes = [width] + [w] * (blocks - 1)
+        down.append(nn.ModuleList(ResidualBlock(size, w, wide, attention) for size in sizes))
+        passed, width = passed + [w] * blocks, w
+    for w, attention in reversed(levels):
+        last = len(up) + 1 == len(widths)  # has one block more
+        sizes = [size + passed.pop() for size in [width] + [w] * (blocks - 1 + last)]
+        up.append(nn.ModuleList(ResidualBlock(size, w, wide, attention) for size in sizes))
+        width = w
+    return [down, up]
+
+
 class UNet(nn.Module):
-    """A U-Net for images, conditioned on c. It starts as the zero function.
+    """A U-Net F(x, c) for images: x (B, channels, H, W), c (B,) -> like x. It starts as zero.
 
-    Squares of pixels become channels first: no layer works at full resolution.
-
-    Args:
-        channels: of the image.
-        widths: channels at each level, of half the resolution of the one before.
-        blocks: residual blocks per level on the way down and up, one more at the end.
-        heads: of the self-attention in the coarsest level's blocks.
-        patch: side of a square.
-    F(x, c): x (B, channels, H, W), c (B,) -> like x; `ValueError` unless H and W are multiples
-    of patch 2^(levels - 1).
+    H and W are multiples of patch 2^(levels - 1).
+    Args: channels: of the image. widths: channels at each level, of half the resolution of the
+    one before. blocks: per level, down and up, one more at the end. heads: of the coarsest
+    level's self-attention. patch: side of the squares of pixels that become channels.
     """
 
     frequencies: Tensor
@@ -135,41 +129,27 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         check.count("levels", len(widths))
+        sizes = {"channels": channels, "blocks": blocks, "heads": heads, "patch": patch}
+        self.config: dict[str, object] = {name: check.count(name, n) for name, n in sizes.items()}
         widths = [check.count("widths", w) for w in widths]
-        given = {"channels": channels, "blocks": blocks, "heads": heads, "patch": patch}
-        for name, n in given.items():
-            check.count(name, n)
-        good = all(w % 8 == 0 for w in widths) and widths[-1] % heads == 0
-        expected = f"multiples of 8, the last one of heads = {heads}"
-        check.require(good, f"widths must be {expected}, got {widths}")
-        self.config = given | {"widths": widths}
+        good = not any(w % 8 for w in widths) and widths[-1] % heads == 0
+        check.require(good, f"widths must be multiples of 8, the last of {heads} (heads): {widths}")
+        self.config["widths"] = widths
         self.patch, self.multiple = patch, patch * 2 ** (len(widths) - 1)
         self.register_buffer("frequencies", math.pi * torch.arange(1, 9), persistent=False)
-        wide, squares = 2 * widths[-1], channels * patch**2
+        wide, inside = 2 * widths[-1], channels * patch**2
         self.embed = nn.Sequential(nn.Linear(17, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU())
-        self.first = nn.Conv2d(squares, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        attention = [0] * (len(widths) - 1) + [heads]  # in the coarsest level only
-        levels, passed = list(zip(widths, attention, strict=True)), [widths[0]]
-        for w, h in levels:
-            sizes = [(passed[-1], w)] + [(w, w)] * (blocks - 1)
-            self.down.append(nn.ModuleList(ResidualBlock(*size, wide, h) for size in sizes))
-            passed += [w] * blocks
-        width = passed[-1]
-        for i, (w, h) in reversed(list(enumerate(levels))):
-            self.up.append(nn.ModuleList())
-            for _ in range(blocks + (i == 0)):
-                self.up[-1].append(ResidualBlock(width + passed.pop(), w, wide, h))
-                width = w
-        self.norm, self.last = nn.GroupNorm(8, width), nn.Conv2d(width, squares, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.first = nn.Conv2d(inside, widths[0], 3, padding=1)
+        self.down, self.up = u_shape(widths, blocks, heads, wide)
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.last = nn.Conv2d(widths[0], inside, 3, padding=1)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         channels, n, found = self.config["channels"], self.multiple, tuple(x.shape)
         good = len(found) == 4 and found[1] == channels and not (found[2] % n or found[3] % n)
-        expected = f"(B, {channels}, H, W), H and W multiples of {n}"
-        check.require(good, f"x must have shape {expected}, got {found}")
+        check.require(good, f"x must have shape (B, {channels}, {n} i, {n} j), got {found}")
         embedding = self.embed(waves(c, self.frequencies))
         h = nn.functional.pixel_unshuffle(x, self.patch)
         h = self.first(h.contiguous(memory_format=torch.channels_last))
@@ -193,27 +173,23 @@ class Denoiser(nn.Module):
         c_skip = s² / (σ² + s²),        c_out = σ s / sqrt(σ² + s²),
         c_in = 1 / sqrt(σ² + s²),       c_noise = ln(σ) / 4;       D(z, 0) = z.
 
-    Args:
-        network: F(x, c), x (B, *dims), c (B,) -> like x.
-        sigma_data: s, the size of the data.
-    denoiser(z, sigma): z (B, *dims), of the network's dtype; sigma, >= 0, a number, a scalar
-    tensor or (B,) -> (B, *dims). It reads no tensor's values: a sigma < 0 in one passes.
+    Args: network: F(x, c), c (B,) -> like x. sigma_data: s, the size of the data.
+    denoiser(z, sigma): z (B, *dims), sigma >= 0 a number, a scalar tensor or (B,) -> like z.
+    No tensor's values are read: it compiles, and a σ < 0 in a tensor passes.
     Source: Karras et al. 2022 (arXiv 2206.00364), table 1.
     """
 
     def __init__(self, network: nn.Module, sigma_data: float = 1.0) -> None:
         super().__init__()
         if not isinstance(network, nn.Module) or isinstance(network, Denoiser):
-            expected = "a network F(x, c), as su.MLP(), and no Denoiser"
-            raise TypeError(f"network must be {expected}, got {check.what(network)}")
+            raise TypeError(f"network must be an F(x, c), as su.MLP(), got {check.what(network)}")
         self.network, self.sigma_data = network, check.number("sigma_data", sigma_data)
 
     def forward(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         check.batch("z", z, finite=False)
         own = next(self.parameters(), z).dtype
         if z.dtype != own:
-            remedy = "z.to(that dtype), or denoiser.double()"
-            raise TypeError(f"z must have the network's dtype {own} ({remedy}), got {z.dtype}")
+            raise TypeError(f"z must have the network's dtype {own}, got {z.dtype}: z.to({own})")
         sigma, s = as_level(sigma, z), self.sigma_data
         norm = (sigma**2 + s**2).sqrt()
         c_noise = sigma.clamp(min=1e-6).log().flatten().expand(len(z)) / 4

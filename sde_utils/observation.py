@@ -27,7 +27,7 @@ class Observation:
     """
 
     operator: Callable[[Tensor], Tensor]
-    y: float | Tensor
+    y: Tensor
     noise_std: float
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Observation:
         fits = found in (one, every)
         check.require(fits, f"y must have shape {one} or {every} to match A(x_0), got {found}")
         sloped = predicted.requires_grad or not x0.requires_grad
-        check.require(sloped, "operator must be differentiable by autograd, but A(x_0) has no graph")
+        check.require(sloped, "operator must be differentiable, but A(x_0) has no graph")
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """log N(y; A(x_0), σ_y² I), normalised.

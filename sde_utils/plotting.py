@@ -1,151 +1,200 @@
-"""Figures of the lecture: one palette, density maps, fields, and moving pictures that play wherever a PNG is shown."""
+"""Figures of the lecture: one palette, maps, fields, and moving pictures that any page plays."""
 
 from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from cycler import cycler
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .exact import IsotropicMixture
-from .sde import Denoise
+from . import _check as check
+from ._numerics import Denoise
 
+Draw = Callable[[int], Figure]
+Extra = Tensor | None
+LIMIT = 2.3  # of the lecture's plane
 # Okabe & Ito 2008: told apart by readers of any colour vision
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
-MARKERS = ["o", "s", "^", "D", "v", "P"]
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 
 
 def use_style() -> None:
     """Set matplotlib's defaults for the lecture."""
-    colours = cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]) + cycler(marker=MARKERS)
-    plt.rcParams.update(
-        {"axes.prop_cycle": colours, "figure.dpi": 100, "lines.markersize": 4, "image.cmap": "cividis", "axes.grid": True, "grid.alpha": 0.3}
-        | {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False, "figure.constrained_layout.use": True}
-    )
+    colours = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
+    plt.rc("axes", prop_cycle=plt.cycler(color=colours, marker=list("os^DvP")), grid=True)
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3})
+    plt.rcParams.update({"image.cmap": "cividis", "legend.frameon": False, "font.size": 9})
+    plt.rcParams.update({"lines.markersize": 4, "figure.constrained_layout.use": True})
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
+def pixels(figure: Figure, dpi: int) -> Image.Image:
+    """The figure as an image; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
-    return buffer.getvalue()
+    return Image.open(buffer).convert("RGB")
 
 
-def _display(png: bytes, alt: str) -> None:
+def display_png(png: bytes, alt: str) -> None:
+    """Display a PNG with its description."""
     bundle = {"image/png": b64encode(png).decode(), "text/plain": alt}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 def show(figure: Figure, alt: str, dpi: int = 100, colours: int = 128) -> None:
-    """Display a figure as a PNG of `colours` colours with its description `alt`, and close it."""
-    image = Image.open(io.BytesIO(_png(figure, dpi))).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    _display(buffer.getvalue(), alt)
+    """Display a figure as a PNG of so many colours with its description `alt`, and close it."""
+    buffer, image = io.BytesIO(), pixels(figure, dpi)
+    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    display_png(buffer.getvalue(), alt)
 
 
-def animated_png(draw: Callable[[int], Figure], frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500) -> bytes:
-    """`draw(0), ..., draw(frames - 1)` as one animated PNG that loops, the last frame held for `hold` milliseconds."""
-    images = [Image.open(io.BytesIO(_png(draw(i), dpi))).convert("RGB") for i in range(frames)]
-    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # one palette for all frames, of the first and the last
+def animated_png(
+    draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500
+) -> bytes:
+    """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds."""
+    images = [pixels(draw(i), dpi) for i in range(check.count("frames", frames))]
+    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
     ends.paste(images[0])
     ends.paste(images[-1], (0, images[0].height))
     palette = ends.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    durations = [milliseconds] * (frames - 1) + [hold]
-    buffer = io.BytesIO()
-    images[0].save(buffer, format="PNG", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    times, buffer = [milliseconds] * len(rest) + [hold], io.BytesIO()
+    moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
+    first.save(buffer, format="PNG", optimize=True, **moving)
     return buffer.getvalue()
 
 
-def animate(draw: Callable[[int], Figure], frames: int, alt: str) -> None:
+def animate(draw: Draw, frames: int, alt: str) -> None:
     """Display `animated_png(draw, frames)` with its description `alt`."""
-    _display(animated_png(draw, frames), alt)
+    display_png(animated_png(draw, frames), alt)
 
 
-def plane(limit: float = 2.3, n: int = 200) -> Tensor:
-    """A grid of n x n points over [-limit, limit]², (n², 2), second coordinate fastest."""
+def plane(limit: float = LIMIT, n: int = 200) -> Tensor:
+    """n x n points over [-limit, limit]², second coordinate fastest.   Returns: (n², 2)."""
     axis = torch.linspace(-limit, limit, n)
     return torch.cartesian_prod(axis, axis)
 
 
-def draw_map(ax: Axes, values: Tensor, limit: float = 2.3, floor: float | None = 6.0, **options: Any) -> None:
-    """An image of values on `plane(limit, n)`, (n²,). For log-densities: nothing is drawn further than `floor` nats below the maximum."""
-    n = round(len(values) ** 0.5)
-    image = values.reshape(n, n).T.cpu()
+def on_plane(function: Denoise, z: Tensor, sigma: float) -> Tensor:
+    """function(z, σ) at points of the plane, without a graph."""
+    try:
+        with torch.no_grad():
+            return function(z, sigma)
+    except ValueError as error:
+        raise ValueError(f"only what is two-dimensional can be drawn: {error}") from error
+
+
+def on_cpu(name: str, x: Tensor, *last: int) -> Tensor:
+    """x of shape (n, *last), on the CPU."""
+    check.tensor(name, x)
+    good, found = tuple(x.shape[1:]) == last, tuple(x.shape)
+    check.require(good, f"{name} must have shape {('n', *last)}, got {found}")
+    return x.detach().cpu()
+
+
+def draw_map(
+    ax: Axes, values: Tensor, limit: float = LIMIT, floor: float | None = 6.0, **look: Any
+) -> None:
+    """An image of values on `plane(limit, n)`, (n²,); all alike below the maximum - floor."""
+    image = on_cpu("values", values).unflatten(0, (round(len(values) ** 0.5), -1)).T
     if floor is not None:
-        options = {"vmin": float(image.max()) - floor, "vmax": float(image.max())} | options
-    ax.imshow(image, origin="lower", extent=(-limit, limit, -limit, limit), interpolation="bilinear", **options)
+        top = float(image.max())
+        look = {"vmin": top - floor, "vmax": top} | look
+    style = {"extent": (-limit, limit, -limit, limit), "interpolation": "bilinear"}
+    ax.imshow(image, origin="lower", **style | look)
     ax.grid(False)
 
 
-def draw_points(ax: Axes, x: Tensor, limit: float = 2.3, **options: Any) -> None:
+def draw_points(ax: Axes, x: Tensor, limit: float = LIMIT, **look: Any) -> None:
     """A rasterised scatter of points (B, 2) on square axes."""
-    options = {"s": 2, "linewidths": 0, "color": BLUE, "rasterized": True, "marker": "o"} | options
-    ax.scatter(*x.detach().cpu().T, **options)
+    look = {"s": 2, "linewidths": 0, "color": BLUE, "marker": "o"} | look
+    ax.scatter(*on_cpu("x", x, 2).T, rasterized=True, **look)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
-def draw_field(ax: Axes, denoiser: Denoise, sigma: float, limit: float = 2.3, n: int = 18, **options: Any) -> None:
-    """Arrows of σ ∇log p(z; σ) = (D(z, σ) - z) / σ, shortened to at most the spacing of the n x n grid."""
-    z = plane(limit, n)
-    with torch.no_grad():
-        arrows = (denoiser(z, sigma) - z) / sigma
-    arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1) * 2 * limit / n
-    ax.quiver(*z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.005, **options)
-    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+def draw_field(ax: Axes, denoiser: Denoise, sigma: float, n: int = 18, **look: Any) -> None:
+    """Arrows of σ ∇log p(z; σ) = (D(z, σ) - z) / σ, at most as long as the grid's spacing."""
+    z = plane(n=n)
+    arrows = (on_plane(denoiser, z, sigma) - z) / check.number("sigma", sigma)
+    arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1) * 2 * LIMIT / n
+    look = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005} | look
+    ax.quiver(*z.cpu().T, *arrows.cpu().T, **look)
+    ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
 
 
-def draw_density(ax: Axes, density: IsotropicMixture, sigma: float = 0.0, limit: float = 2.3, n: int = 200, **options: Any) -> None:
-    """A map of log p(z; σ)."""
-    draw_map(ax, density.log_prob(plane(limit, n), sigma), limit, **options)
+def draw_density(ax: Axes, density: Denoise, sigma: float = 0, n: int = 200, **look: Any) -> None:
+    """A map of log p(z; σ), by the density's `log_prob`."""
+    log_prob = density.log_prob  # type: ignore[attr-defined]
+    draw_map(ax, on_plane(log_prob, plane(n=n), sigma), **look)
 
 
-def draw_mass(ax: Axes, masses: dict[str, Tensor], label: str = "parameter of the roll, inside to outside") -> None:
-    """Shares of samples per bin of the roll, one line of steps per method."""
-    styles: Sequence[str] = ["-", "--", "-.", ":"]
+def draw_mass(ax: Axes, masses: dict[str, Tensor]) -> None:
+    """Shares of samples per bin of the roll, (bins,), one line of steps per method."""
+    colours, lines = [BLACK, BLUE, ORANGE, GREEN, RED, PURPLE], ["-", "--", "-.", ":"]
     for i, (name, mass) in enumerate(masses.items()):
-        edges = torch.linspace(0, 1, len(mass) + 1)
-        ax.stairs(mass.cpu(), edges, label=name, color=[BLACK, BLUE, ORANGE, GREEN, RED, PURPLE][i % 6], linestyle=styles[i % 4], linewidth=1.8)
+        mass = on_cpu(f"masses[{name!r}]", mass)
+        edges = torch.linspace(0, 1, len(mass) + 1, device="cpu")
+        style = {"color": colours[i % 6], "linestyle": lines[i % 4], "linewidth": 1.8}
+        ax.stairs(mass, edges, label=name, **style)
+    label = "parameter of the roll, inside to outside"
     ax.set(xlabel=label, ylabel="share of samples", xlim=(0, 1))
     ax.legend()
 
 
-def draw_images(ax: Axes, x: Tensor, columns: int, **options: Any) -> None:
-    """Images (B, 1, H, W) in [-1, 1] as a grid, row by row, a light line around each if there are several; white is ink."""
-    rows, line = -(-len(x) // columns), int(len(x) > 1)
-    x = torch.nn.functional.pad(x[:, 0].detach().cpu(), (line,) * 4, value=1.0)
-    x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])]).reshape(rows, columns, *x.shape[1:])
-    ax.imshow(x.movedim(1, 2).reshape(rows * x.shape[2], -1), **{"vmin": -1, "vmax": 1, "cmap": "gray", "interpolation": "nearest"} | options)
+def draw_images(ax: Axes, x: Tensor, columns: int, **look: Any) -> None:
+    """Images (B, 1 or 3, H, W) in [-1, 1], row by row, a light line around each if several."""
+    check.batch("x", x)
+    good = x.ndim == 4 and x.shape[1] in (1, 3)
+    check.require(good, f"x must be images (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    rows, line = -(-len(x) // check.count("columns", columns)), int(len(x) > 1)
+    x = torch.nn.functional.pad(x.detach().cpu(), (line,) * 4, value=1.0)
+    x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])])
+    x = x.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    x = x[..., 0] if x.shape[-1] == 1 else ((x + 1) / 2).clamp(0, 1)
+    style = {"vmin": -1, "vmax": 1, "cmap": "gray", "interpolation": "nearest"}
+    ax.imshow(x, **style | look)
     ax.set_axis_off()
 
 
-def posterior_figure(truth: Tensor, baseline: Tensor | None, results: dict[str, Tensor], draws: int = 4, data: Tensor | None = None) -> Figure:
-    """One row a method: truth, baseline, some draws, their mean, sd and |mean - truth|. truth, baseline: (1, 1, H, W); results: (B, 1, H, W).
+def posterior_figure(
+    truth: Tensor, baseline: Extra, results: dict[str, Tensor], draws: int = 4, data: Extra = None
+) -> Figure:
+    """One row a method: truth, data, baseline, some draws, their mean, sd and |mean - truth|.
 
-    baseline None leaves its column out. data: what was observed as an image, (1, 1, h, w), a square here, from its least to its largest value.
+    Args: truth, baseline (None leaves it out): (1, 1 or 3, H, W). results: (B, like truth).
+    data: what was observed as an image, (1, 1, h, w), from its least to its largest value.
     """
-    given = {name: x for name, x in {"truth": truth, "data": data, "baseline": baseline}.items() if x is not None}
-    titles = [*given, *[f"draw {i + 1}" for i in range(draws)], "mean", "sd", "|error|"]
-    figure, axes = plt.subplots(len(results), len(titles), figsize=(0.95 * len(titles), 1.02 * len(results) + 0.25), squeeze=False)
-    for row, (name, x) in zip(axes, results.items(), strict=True):
-        mean = x.mean(0, keepdim=True)
-        for ax, title, image in zip(row, titles, [*given.values(), *x[:draws].split(1), mean], strict=False):
-            own = {"vmin": image.min(), "vmax": image.max(), "aspect": "auto"} if title == "data" else {}
-            draw_images(ax, image, 1, **own)
+    given = {"truth": truth, "data": data, "baseline": baseline}
+    given = {name: x for name, x in given.items() if x is not None}
+    for name, x in given.items():
+        check.batch(name, x)
+    names = [f"draw {i + 1}" for i in range(draws)]
+    titles = [*given, *names, "mean", "sd", "|error|"]
+    size = (0.95 * len(titles), 1.02 * len(results) + 0.25)
+    figure, axes = plt.subplots(len(results), len(titles), figsize=size, squeeze=False)
+    styles = {name: {"vmin": 0, "vmax": 1, "cmap": "cividis"} for name in titles[-2:]}
+    if data is not None:
+        styles["data"] = {"vmin": float(data.min()), "vmax": float(data.max()), "aspect": "auto"}
+    for row, (method, x) in zip(axes, results.items(), strict=True):
+        check.batch(f"results[{method!r}]", x)
+        mean, sd = x.mean(0, keepdim=True), x.std(0, keepdim=True, correction=min(1, len(x) - 1))
+        images = given | dict(zip(names, x.split(1), strict=False)) | {"mean": mean}
+        images |= {"sd": sd.mean(1, True), "|error|": (mean - truth).abs().mean(1, True)}
+        for ax, title in zip(row, titles, strict=True):
+            ax.set_axis_off()
             ax.set_box_aspect(1)
-        for ax, image in zip(row[-2:], (x.std(0, keepdim=True), (mean - truth).abs()), strict=True):
-            draw_images(ax, image, 1, vmin=0, vmax=1, cmap="cividis")
-        row[0].text(-0.15, 0.5, name, rotation=90, ha="right", va="center", transform=row[0].transAxes, fontsize=8)
+            if title in images:
+                draw_images(ax, images[title], 1, **styles.get(title, {}))
+        place = {"ha": "right", "va": "center", "transform": row[0].transAxes}
+        row[0].text(-0.15, 0.5, method, rotation=90, fontsize=8, **place)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8)
     return figure

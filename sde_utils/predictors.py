@@ -19,7 +19,8 @@ from .sde import SDE
 def levels(sde: SDE, t: float, s: float) -> tuple[float, float, float, float]:
     """r_t, σ_t, r_s, σ_s. `ValueError` unless t > s and σ_s > 0."""
     t, s = check.number("t", t, 0, 1, "[]"), check.number("s", s, 0, 1, "[]")
-    r_t, sigma_t, r_s, sigma_s = map(float, (sde.scale(t), sde.sigma(t), sde.scale(s), sde.sigma(s)))
+    r_t, sigma_t = float(sde.scale(t)), float(sde.sigma(t))
+    r_s, sigma_s = float(sde.scale(s)), float(sde.sigma(s))
     found = f"t = {t:g}, s = {s:g}, σ_s = {sigma_s:g}"
     check.require(t > s and sigma_s > 0, f"s must be below t, with σ_s > 0, got {found}")
     return r_t, sigma_t, r_s, sigma_s
@@ -99,9 +100,9 @@ def multistep(order: int = 2, sigma_data: float = 1.0) -> Predictor:
 
         dy/du = v,   u = σ / (s + σ),  y = z / (s + σ),   v = (z - D)/σ - D/s,   s = sigma_data,
 
-    and a step adds to y the integral of the polynomial through the last `order` slopes v. The result
-    remembers, so that each run takes a new one; a state that it did not return itself (another run,
-    a corrector's) begins anew, with order 1.
+    and a step adds to y the integral of the polynomial through the last `order` slopes v. The
+    result remembers, so that each run takes a new one; a state that it did not return itself
+    (another run, a corrector's) begins anew, with order 1.
     Args: order: 2 or 3. sigma_data: root mean square of the data.   Returns: a predictor.
     Source: Zhang & Chen 2023 (arXiv 2204.13902) for the method, in σ; Liu et al. 2022 (arXiv
     2209.03003) for the variables.
@@ -142,8 +143,8 @@ class Langevin:
         x <- x + e ∇log p_t(x) + sqrt(2e) n,   e = 2 (snr r σ)².
 
     That is e = 2 (snr |n| / |∇log p|)² with the norms that one sample of d dimensions has under the
-    perturbation kernel, sqrt(d) and sqrt(d) / (r σ). Norms of the batch at hand would tie samples to
-    each other; the sample's own would make the chain settle on a law proportional to p |∇log p|².
+    perturbation kernel, sqrt(d) and sqrt(d) / (r σ). Norms of the batch at hand would tie samples
+    to each other; the sample's own would make the chain settle on a law ∝ p |∇log p|².
     Args: snr: > 0. steps: at least 1.
     Source: Song et al. 2021, algorithms 4 and 5, without their α_t, which tends to 1.
     """

@@ -42,7 +42,8 @@ def swiss_roll_curve(u: Tensor, noise: float = 0.2) -> Tensor:
     """
     mean, sd = swiss_roll_scaling(noise)
     check.tensor("u", u)
-    return torch.as_tensor((spiral(u.detach().cpu().double().numpy()) - mean) / sd).to(u.dtype).to(u)
+    curve = (spiral(u.detach().cpu().double().numpy()) - mean) / sd
+    return torch.tensor(curve, dtype=u.dtype, device="cpu").to(u.device)
 
 
 def swiss_roll_parameter(x: Tensor, noise: float = 0.2, nodes: int = 2000) -> Tensor:
@@ -87,8 +88,9 @@ def swiss_roll_density(noise: float = 0.2) -> GaussianMixture:
     About 160 / noise nodes: their spacing, in the units of noise, stays below it. Float64, CPU.
     """
     noise = check.number("noise", noise, 0.002)
-    u, w = (torch.as_tensor(a) for a in gauss_legendre(math.ceil(2.5 / noise)))
-    return IsotropicMixture(swiss_roll_curve(u, noise), (noise / swiss_roll_scaling(noise)[1]) ** 2, w)
+    u, w = (torch.from_numpy(a) for a in gauss_legendre(math.ceil(2.5 / noise)))
+    variance = (noise / swiss_roll_scaling(noise)[1]) ** 2
+    return IsotropicMixture(swiss_roll_curve(u, noise), variance, w)
 
 
 def roll_mass(x: Tensor, weights: Tensor | None = None, bins: int = 20) -> Tensor:

@@ -30,7 +30,13 @@ def uniform_times(n: int) -> list[float]:
 
 
 def karras_times(
-    sde: SDE, n: int, sigma_data: float = 1.0, *, low: float = 0.01, high: float = 20.0, rho: float = 7.0
+    sde: SDE,
+    n: int,
+    sigma_data: float = 1.0,
+    *,
+    low: float = 0.01,
+    high: float = 20.0,
+    rho: float = 7.0,
 ) -> list[float]:
     r"""Times of n noise levels, dense at small σ, in units of the data's size.
 
@@ -139,8 +145,8 @@ def sample(
         last_step: w >= 0; None returns x at times[-1].
         trajectory: return all states, x first, x_0 last.
     Returns: x_0, (B, *dims); with `trajectory` (len(times) + 1, B, *dims).
-    Raises `TypeError` and `ValueError` before any step, `FloatingPointError` naming a step that left
-    the finite numbers; warns of a start, or an end, that cannot be right.
+    Raises `TypeError` and `ValueError` before any step, `FloatingPointError` naming a step that
+    left the finite numbers; warns of a start, or an end, that cannot be right.
     """
     check.function("predictor", predictor, "a function of one step, as su.heun")
     if corrector is not None:
@@ -163,9 +169,7 @@ def sample(
     return torch.stack(path) if trajectory else x
 
 
-def cause(
-    sde: SDE, denoiser: Denoise, x: Tensor, t: float, corrector: Corrector | None
-) -> str:
+def cause(sde: SDE, denoiser: Denoise, x: Tensor, t: float, corrector: Corrector | None) -> str:
     """Why a step from x at t left the finite numbers, by one more call."""
     z, sigma = x / float(sde.scale(t)), float(sde.sigma(t))
     if not call(denoiser, z, sigma).isfinite().all():

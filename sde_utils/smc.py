@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._numerics import Random, randn_like
-from .guidance import Guided
+from .guided import Guidance, Guided
 from .sampling import check_run, uniform_times
 from .sde import SDE
 
@@ -39,7 +39,7 @@ class Particles:
 
 
 def systematic(log_weights: Tensor, n: int, generator: Random = None) -> Tensor:
-    """n indices, k about n w_k times, shuffled: n equally spaced points in the cumulative weights."""
+    """n indices, k about n w_k times, shuffled: n equal steps through the cumulative weights."""
     check.generator(generator)
     device = log_weights.device if generator is None else generator.device
     offset = torch.rand((), generator=generator, device=device).to(log_weights)
@@ -114,29 +114,38 @@ def twisted_smc(
     check_particles(guided, x)
     times = check_run(sde, guided, x, uniform_times(steps) if times is None else times, generator)
     threshold = check.number("resample_below", resample_below, 0, 1, "[]") * len(x)
-    z, sigma = x / float(sde.scale(times[0])), [float(sde.sigma(t)) for t in times]
-    now = guided.look(z, sigma[0])._replace(shift=torch.zeros_like(z), log_p=z.new_zeros(len(z)))
-    log_w, log_evidence, ess = torch.zeros(len(z), dtype=torch.float64, device="cpu"), 0.0, []
-    for sigma_t, sigma_s in pairwise(sigma):
-        ess.append(effective(log_w))
-        if ess[-1] < threshold:
-            log_evidence, z = log_evidence + log_mean(log_w), z[systematic(log_w, len(z), generator)]
+    z, levels = x / float(sde.scale(times[0])), [float(sde.sigma(t)) for t in times]
+    now = guided.look(z, levels[0])
+    now = now._replace(shift=torch.zeros_like(z), log_p=torch.zeros_like(now.log_p))
+    log_w = torch.zeros(len(z), dtype=torch.float64, device="cpu")
+    log_evidence, sizes = log_w.new_zeros(()), []
+    for sigma_t, sigma_s in pairwise(levels):
+        sizes.append(effective(log_w))
+        if sizes[-1] < threshold:
+            log_evidence = log_evidence + log_mean(log_w)
+            z = z[systematic(log_w, len(z), generator).to(z.device)]
             now, log_w = guided.look(z, sigma_t), torch.zeros_like(log_w)
-        q = (sigma_s / sigma_t) ** 2
-        nu = sigma_s * math.sqrt(1 - q)
-        beta = math.hypot(nu, (1 - q) * sigma_t) - nu
-        a, noise = (1 - q) / nu * now.shift, randn_like(z, generator)
-        z = q * z + (1 - q) * now.x0_hat + nu * (noise + a) + beta * now.J(noise + a)
+        z, log_ratio = propose(now, z, sigma_t, sigma_s, generator)
         new = guided.look(z, sigma_s)
-        gain = new.log_p - now.log_p - (a * (noise + a / 2)).flatten(1).sum(1)
-        log_w, now = log_w + gain.to("cpu", torch.float64), new
+        log_w = log_w + (new.log_p - now.log_p + log_ratio).to("cpu", torch.float64)
+        now = new
     last = guided.obs.log_likelihood(now.x0_hat) - now.log_p
     log_w = log_w + last.to("cpu", torch.float64)
-    ess = torch.stack([*ess, effective(log_w)])
+    ess = torch.stack([*sizes, effective(log_w)])
     if ess.min() < len(x) / 20:
-        warnings.warn(
-            f"particles collapsed: {float(ess.min()):.1f} effective of {len(x)}, so that shares and "
-            "evidence are guesses; take more particles or steps, or a twist of the right width",
-            stacklevel=3,
-        )
+        found = f"particles collapsed: {float(ess.min()):.1f} effective of {len(x)}"
+        remedy = "take more of them, more steps, or a twist of the right width"
+        warnings.warn(f"{found}; shares and evidence are guesses: {remedy}", stacklevel=3)
     return Particles(now.x0_hat, log_w.log_softmax(0), ess, log_evidence + log_mean(log_w))
+
+
+def propose(
+    now: Guidance, z: Tensor, sigma_t: float, sigma_s: float, generator: Random
+) -> tuple[Tensor, Tensor]:
+    """z_s by the guided step, and -a·n - |a|²/2, log of unguided over guided density, (n,)."""
+    q = (sigma_s / sigma_t) ** 2
+    nu = sigma_s * math.sqrt(1 - q)
+    beta = math.hypot(nu, (1 - q) * sigma_t) - nu
+    a, noise = (1 - q) / nu * now.shift, randn_like(z, generator)
+    move = nu * (noise + a) + beta * now.J(noise + a)
+    return q * z + (1 - q) * now.x0_hat + move, -(a * (noise + a / 2)).flatten(1).sum(1)

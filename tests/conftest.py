@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from sde_utils import MLP, VESDE, VPSDE, Denoiser, IsotropicMixture, SubVPSDE, log_uniform, swiss_roll, swiss_roll_density, train
+from sde_utils import (
+    MLP,
+    VESDE,
+    VPSDE,
+    Denoiser,
+    IsotropicMixture,
+    SubVPSDE,
+    log_uniform,
+    swiss_roll,
+    swiss_roll_density,
+    train,
+)
 
 
 def rng(seed=0):
@@ -47,5 +58,13 @@ def learned():
     torch.manual_seed(0)
     denoiser = Denoiser(MLP())
     sampler = log_uniform(0.01, float(VPSDE().sigma(1.0)))
-    train(denoiser, swiss_roll(20_000, seed=0), sampler, steps=3500, batch_size=768, generator=rng(1), progress=False)
+    train(
+        denoiser,
+        swiss_roll(20_000, seed=0),
+        sampler,
+        steps=3500,
+        batch_size=768,
+        generator=rng(1),
+        progress=False,
+    )
     return denoiser

@@ -1,4 +1,7 @@
-"""Execute notebooks in a fresh kernel and write them back in the state that is committed: `python tests/notebooks.py [NOTEBOOK ...]`."""
+"""Execute notebooks in a fresh kernel, and write them back in the state that is committed.
+
+`python tests/notebooks.py [NOTEBOOK ...]`
+"""
 
 from __future__ import annotations
 
@@ -16,48 +19,67 @@ SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
 
 
 def execute(path: Path, **knobs: object) -> nbformat.NotebookNode:
-    """Run in the folder of the notebook; `knobs` replace the values of the knobs cell. Raises nbclient's error where a cell fails."""
+    """Run in the folder of the notebook; `knobs` replace the values of the knobs cell.
+
+    Raises nbclient's error where a cell fails.
+    """
     notebook = nbformat.read(path, as_version=4)
     if knobs:
-        cell = next(c for c in notebook.cells if c.cell_type == "code" and c.source.startswith("SEED"))
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        cell = next(c for c in code if c.source.startswith("SEED"))
         cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in knobs.items())
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    place = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
     return notebook
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
-    """Hash of the code cells, kept in the metadata of an execution: code edited afterwards no longer matches."""
-    return hashlib.sha256("\0".join(c.source for c in notebook.cells if c.cell_type == "code").encode()).hexdigest()[:16]
+    """Hash of the code cells, kept in an execution's metadata: code edited later has another."""
+    code = "\0".join(c.source for c in notebook.cells if c.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Join what was printed in pieces, keep of a progress bar only its last state, drop time stamps and the kernel's particulars."""
+    """Join what was printed in pieces, and keep of a progress bar only its last state.
+
+    Time stamps and the kernel's particulars are dropped.
+    """
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         outputs = []
         for output in cell.get("outputs", []):
-            if output.output_type == "stream" and outputs and outputs[-1].get("name") == output.name:
+            stream = output.output_type == "stream"
+            if stream and outputs and outputs[-1].get("name") == output.name:
                 outputs[-1].text += output.text
             else:
                 outputs.append(output)
         for output in outputs:
             if output.output_type == "stream":
-                output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+                lines = output.text.split("\n")
+                output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in lines)
         if cell.cell_type == "code":
             cell.outputs = outputs
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}} | {"executed": fingerprint(notebook)})
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(metadata | {"executed": fingerprint(notebook)})
+
+
+def timings(notebook: nbformat.NotebookNode) -> list[str]:
+    """A line for each code cell: begin, end, and its first line."""
+    lines = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            stamps = cell.metadata.execution
+            begin, end = stamps["iopub.execute_input"], stamps["shell.execute_reply"]
+            lines.append(f"  {begin} to {end}  {cell.source.splitlines()[0]}")
+    return lines
 
 
 if __name__ == "__main__":
     for path in [Path(p) for p in sys.argv[1:]] or NOTEBOOKS + SOLUTIONS:
         began = time.perf_counter()
         executed = execute(path)
-        cells = [
-            (c.metadata.execution["shell.execute_reply"], c.metadata.execution["iopub.execute_input"], c.source.splitlines()[0])
-            for c in executed.cells
-            if c.cell_type == "code"
-        ]
+        lines = timings(executed)
         tidy(executed)
         nbformat.write(executed, path)
-        print(f"{path.name}: {time.perf_counter() - began:.1f} s", *("  {1} to {0}  {2}".format(*c) for c in cells), sep="\n")
+        print(f"{path.name}: {time.perf_counter() - began:.1f} s", *lines, sep="\n")

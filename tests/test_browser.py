@@ -16,17 +16,33 @@ import pytest
 from nbconvert import HTMLExporter
 from notebooks import NOTEBOOKS, ROOT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
-mathjax = pytest.importorskip("jupyter_server_mathjax", reason="jupyter-server-mathjax is not installed: pip install -e '.[test]'")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
+)
+mathjax = pytest.importorskip(
+    "jupyter_server_mathjax",
+    reason="jupyter-server-mathjax is not installed: pip install -e '.[test]'",
+)
 
 pytestmark = pytest.mark.slow
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 MATHJAX = "https://cdnjs.cloudflare.com/ajax/libs/mathjax/2.7.9/"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-FONTS = {"HTML-CSS": {"availableFonts": [], "imageFont": None, "preferredFont": None, "webFont": "STIX-Web"}}  # those that the package has
+FONTS = {
+    "HTML-CSS": {
+        "availableFonts": [],
+        "imageFont": None,
+        "preferredFont": None,
+        "webFont": "STIX-Web",
+    }
+}  # those that the package has
 PARTS = {  # of nbconvert's default template, and of the one that passes on the alt text
-    "lab": {"cell": ".jp-Cell", "markdown": ".jp-RenderedMarkdown", "figure": ".jp-OutputArea-output img"},
+    "lab": {
+        "cell": ".jp-Cell",
+        "markdown": ".jp-RenderedMarkdown",
+        "figure": ".jp-OutputArea-output img",
+    },
     "classic": {"cell": ".cell", "markdown": ".text_cell_render", "figure": ".output_subarea img"},
 }
 BADGE_SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="117" height="20"><rect width="117" height="20" fill="grey"/></svg>'
@@ -43,7 +59,9 @@ def wait_for(condition, seconds, what, pause=time.sleep):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium of the system, or else the one that `playwright install chromium` fetched."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         found = found or playwright.chromium.executable_path
@@ -70,7 +88,11 @@ def open_page(browser):
         if address == BADGE:
             route.fulfill(body=BADGE_SVG, content_type="image/svg+xml", headers=headers)
         elif address.startswith(MATHJAX):
-            file = Path(mathjax.__file__).parent / "static" / address.removeprefix(MATHJAX).split("?")[0]
+            file = (
+                Path(mathjax.__file__).parent
+                / "static"
+                / address.removeprefix(MATHJAX).split("?")[0]
+            )
             if file.exists():
                 route.fulfill(path=file, headers=headers)
             else:
@@ -110,13 +132,24 @@ def server(tmp_path_factory):
             return False
         return True
 
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    directories = {f"{name}_DIR": str(home / name) for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES")}
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+    ]
+    directories = {
+        f"{name}_DIR": str(home / name)
+        for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES")
+    }
     options += ["--IdentityProvider.token=reader", f"--ServerApp.root_dir={home / 'root'}"]
     command = [sys.executable, "-m", "notebook", *options]
     environment = os.environ | directories | {"IPYTHONDIR": str(home / "ipython")}
     with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=home / "root", env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=home / "root", env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             wait_for(answers, 60, "the server answers")
             yield address
@@ -128,7 +161,11 @@ def server(tmp_path_factory):
 def one_moves(page, figures):
     """One figure is an animated PNG, and screenshots of it differ; those of another figure do not: it is not the page that moves."""
     animated = [f for f in figures if f.evaluate("i => atob(i.src.split(',')[1]).includes('acTL')")]
-    return len(animated) == 1 and shows_two_pictures(page, animated[0]) and not shows_two_pictures(page, figures[0])
+    return (
+        len(animated) == 1
+        and shows_two_pictures(page, animated[0])
+        and not shows_two_pictures(page, figures[0])
+    )
 
 
 def shows_two_pictures(page, image):
@@ -151,10 +188,14 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
 
     def kernel():
         with urllib.request.urlopen(server("api/sessions")) as reply:
-            return [s["kernel"]["execution_state"] for s in json.load(reply) if s["name"] == path.name]
+            return [
+                s["kernel"]["execution_state"] for s in json.load(reply) if s["name"] == path.name
+            ]
 
     def prompts():
-        return page.eval_on_selector_all(".jp-CodeCell .jp-InputPrompt", "prompts => prompts.map(p => p.textContent)")
+        return page.eval_on_selector_all(
+            ".jp-CodeCell .jp-InputPrompt", "prompts => prompts.map(p => p.textContent)"
+        )
 
     def pause(seconds):  # and let the browser's requests through meanwhile
         page.wait_for_timeout(1000 * seconds)
@@ -163,17 +204,26 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     wait_for(lambda: "[*]:" in prompts(), 20, "Run All begins", pause)
-    wait_for(lambda: "[*]:" not in prompts() and kernel() == ["idle"], 900, "all cells run and the kernel is idle", pause)
+    wait_for(
+        lambda: "[*]:" not in prompts() and kernel() == ["idle"],
+        900,
+        "all cells run and the kernel is idle",
+        pause,
+    )
     pause(2)
     assert kernel() == ["idle"]
     assert prompts() == [f"[{i + 1}]:" for i in range(len(committed))]
-    assert not page.query_selector_all('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]')
+    assert not page.query_selector_all(
+        '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
+    )
 
     figures = page.query_selector_all(".jp-OutputArea-output img")
     for i, figure in enumerate(figures):
         figure.scroll_into_view_if_needed()
         page.screenshot(path=tmp_path / f"figure-{i:02}.png")
-    assert len(figures) == sum("image/png" in output.get("data", {}) for cell in committed for output in cell.outputs)
+    assert len(figures) == sum(
+        "image/png" in output.get("data", {}) for cell in committed for output in cell.outputs
+    )
     assert all(figure.evaluate("i => i.complete && i.naturalWidth > 100") for figure in figures)
     assert one_moves(page, figures)
     page.close()
@@ -183,18 +233,30 @@ def formulas(notebook):
     """TeX of every formula in the markdown cells, outside code."""
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-    return [display or inline for display, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, flags=re.DOTALL)]
+    return [
+        display or inline
+        for display, inline in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, flags=re.DOTALL)
+    ]
 
 
-@pytest.fixture(scope="module", params=[(path, template) for path in NOTEBOOKS for template in PARTS], ids=lambda p: f"{p[0].stem}-{p[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[(path, template) for path in NOTEBOOKS for template in PARTS],
+    ids=lambda p: f"{p[0].stem}-{p[1]}",
+)
 def html(browser, tmp_path_factory, request):
     """The committed file through nbconvert, open in a tab, its formulas typeset. `page.parts` are selectors, `page.notebook` is the source."""
     path, template = request.param
     page = open_page(browser)
     page.parts, page.notebook = PARTS[template], nbformat.read(path, as_version=4)
-    exporter = HTMLExporter(template_name=template, mathjax_url=MATHJAX + "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe")
+    exporter = HTMLExporter(
+        template_name=template,
+        mathjax_url=MATHJAX + "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe",
+    )
     folder = tmp_path_factory.mktemp(f"{path.stem}-{template}")
-    (folder / "page.html").write_text(exporter.from_notebook_node(page.notebook)[0], encoding="utf-8")
+    (folder / "page.html").write_text(
+        exporter.from_notebook_node(page.notebook)[0], encoding="utf-8"
+    )
     page.goto((folder / "page.html").as_uri(), wait_until="load")
     page.wait_for_function("window.MathJax && MathJax.isReady")
     page.evaluate("new Promise(done => MathJax.Hub.Queue(done))")
@@ -217,7 +279,9 @@ def test_html_typesets_every_formula(html):
     assert all(formula["visible"] for formula in typeset)
     assert not html.problems
     assert not html.query_selector_all(".MathJax_Error, .merror, .MJXc-error, mjx-merror")
-    assert not [tex for tex in source if re.search(r"\\\\[a-zA-Z]", tex)], "an escaped backslash: a line break in place of a command"
+    assert not [tex for tex in source if re.search(r"\\\\[a-zA-Z]", tex)], (
+        "an escaped backslash: a line break in place of a command"
+    )
     left = html.eval_on_selector_all(
         html.parts["markdown"],
         """cells => cells.map(cell => {
@@ -233,12 +297,16 @@ def test_html_typesets_every_formula(html):
 def test_html_images_load_and_are_described(html):
     """Every image has pixels, the animation moves, and figures have the alt text of their metadata, in the template that passes it on."""
     outputs = [o for c in html.notebook.cells if c.cell_type == "code" for o in c.outputs]
-    described = [o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {})]
+    described = [
+        o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {})
+    ]
     figures = html.query_selector_all(html.parts["figure"])
     assert len(figures) == len(described)
     if html.parts is PARTS["classic"]:
         assert [figure.get_attribute("alt") for figure in figures] == described
-    images = html.evaluate("[...document.images].map(i => ({alt: i.alt, loaded: i.complete && i.naturalWidth > 0}))")
+    images = html.evaluate(
+        "[...document.images].map(i => ({alt: i.alt, loaded: i.complete && i.naturalWidth > 0}))"
+    )
     assert len(images) > len(figures)  # the badge
     assert all(image["alt"] and image["loaded"] for image in images), images
     assert one_moves(html, figures)
@@ -246,7 +314,10 @@ def test_html_images_load_and_are_described(html):
 
 def test_html_fits_1200_pixels(html):
     """The page does not scroll sideways, no box on it does or cuts off its content, and no figure, table or formula ends right of its cell."""
-    assert html.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert (
+        html.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        <= 0
+    )
     narrow = html.eval_on_selector_all(
         f"{html.parts['cell']} *",
         """elements => elements.filter(e =>

@@ -37,7 +37,12 @@ def setup_cell(notebook):
 
 
 def git(*arguments):
-    return subprocess.run(["git", "-C", ROOT, "-c", "safe.directory=*", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", ROOT, "-c", "safe.directory=*", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -58,7 +63,11 @@ def colab(tmp_path, monkeypatch):
                 (preinstalled / entry.name).symlink_to(entry)
     venv.create(tmp_path / "venv", with_pip=importlib.util.find_spec("pip") is None)
     scheme = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
-    packages = Path(sysconfig.get_path("purelib", "venv" if "venv" in sysconfig.get_scheme_names() else None, scheme))
+    packages = Path(
+        sysconfig.get_path(
+            "purelib", "venv" if "venv" in sysconfig.get_scheme_names() else None, scheme
+        )
+    )
     (packages / "preinstalled.pth").write_text(f"{preinstalled}\n")
     (packages / "google" / "colab").mkdir(parents=True)
     (packages / "google" / "colab" / "__init__.py").touch()
@@ -67,7 +76,9 @@ def colab(tmp_path, monkeypatch):
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
     command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Colab", "language": "python"}))
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": command, "display_name": "Colab", "language": "python"})
+    )
     configuration = tmp_path / "gitconfig"
     for key, value in ((f"url.{ROOT.as_uri()}.insteadOf", ADDRESS), ("safe.directory", "*")):
         subprocess.run(["git", "config", "--file", configuration, key, value], check=True)
@@ -80,12 +91,22 @@ def colab(tmp_path, monkeypatch):
 def installed(python):
     """The distributions inside the environment of `python` with their versions, as a set; not those that it only sees."""
     code = "import importlib.metadata as m, json; print(json.dumps([[d.name, d.version, str(d.locate_file(''))] for d in m.distributions()]))"
-    found = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
-    return {(name.replace("-", "_"), version) for name, version, folder in found if Path(folder).is_relative_to(python.parent.parent)}
+    found = json.loads(
+        subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    return {
+        (name.replace("-", "_"), version)
+        for name, version, folder in found
+        if Path(folder).is_relative_to(python.parent.parent)
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "knobs"), list(zip(NOTEBOOKS, ({}, FAST), strict=True)), ids=[p.stem for p in NOTEBOOKS])
+@pytest.mark.parametrize(
+    ("path", "knobs"),
+    list(zip(NOTEBOOKS, ({}, FAST), strict=True)),
+    ids=[p.stem for p in NOTEBOOKS],
+)
 def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
     """Every cell runs, the set-up cell twice. Added: `sde_utils` at the checkout's HEAD, by git. Not added or replaced: anything else."""
     folder = tmp_path / "content"
@@ -98,7 +119,12 @@ def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
     nbformat.write(notebook, folder / path.name)
     before, head = installed(colab), git("rev-parse", "HEAD")
     assert subprocess.run([colab, "-c", "import torch, google.colab"], cwd=folder).returncode == 0
-    assert subprocess.run([colab, "-c", "import sde_utils"], cwd=folder, capture_output=True).returncode == 1
+    assert (
+        subprocess.run(
+            [colab, "-c", "import sde_utils"], cwd=folder, capture_output=True
+        ).returncode
+        == 1
+    )
 
     executed = execute(folder / path.name, **knobs)
 
@@ -112,7 +138,9 @@ def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
     ours, *others = (Path(line) for line in code[-1].outputs[-1].text.split())
     assert ours.is_relative_to(colab.parent.parent)
     assert all(other.is_relative_to(tmp_path / "preinstalled") for other in others)
-    origin = json.loads(next(ours.parent.parent.glob("sde_utils-*.dist-info/direct_url.json")).read_text())
+    origin = json.loads(
+        next(ours.parent.parent.glob("sde_utils-*.dist-info/direct_url.json")).read_text()
+    )
     assert origin["url"] == ADDRESS
     assert origin["vcs_info"]["commit_id"] == head
 
@@ -133,7 +161,9 @@ def test_says_what_is_missing_where_git_is_not(colab, tmp_path, monkeypatch):
 def test_set_up_installs_nothing_in_a_checkout(path):
     """From the repository's root the package is found, and no pip is started."""
     cell = setup_cell(nbformat.read(path, as_version=4))
-    ran = subprocess.run([sys.executable, "-c", NO_PIP + cell.source], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_PIP + cell.source], cwd=ROOT, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("torch ")
 

@@ -16,7 +16,9 @@ def fake():
         try:
             torch.zeros(1, device="cuda")[0]
         except RuntimeError:
-            pytest.skip("this torch (2.4) asks the driver before it indexes a pretended CUDA tensor")
+            pytest.skip(
+                "this torch (2.4) asks the driver before it indexes a pretended CUDA tensor"
+            )
         yield torch.device("cuda")
 
 
@@ -61,10 +63,24 @@ def test_exact_and_metrics(fake):
 @pytest.mark.parametrize("kind", ["mixture", "network"])
 def test_sampling(fake, kind):
     x = torch.randn(4, 2, device=fake)
-    denoiser = su.IsotropicMixture(torch.randn(3, 2, device=fake), 0.1) if kind == "mixture" else network(fake)
+    denoiser = (
+        su.IsotropicMixture(torch.randn(3, 2, device=fake), 0.1)
+        if kind == "mixture"
+        else network(fake)
+    )
     for sde in (su.VESDE(), su.VPSDE()):
         for predictor in (su.euler_maruyama, su.ancestral, su.euler, su.heun, su.Multistep()):
-            check(su.sample(sde, denoiser, x, times=[1.0, 0.5, 0.1, 0.0], predictor=predictor, corrector=su.Langevin()), (4, 2))
+            check(
+                su.sample(
+                    sde,
+                    denoiser,
+                    x,
+                    times=[1.0, 0.5, 0.1, 0.0],
+                    predictor=predictor,
+                    corrector=su.Langevin(),
+                ),
+                (4, 2),
+            )
         check(su.sample(sde, denoiser, x, steps=3, trajectory=True), (4, 4, 2))
 
 
@@ -72,7 +88,11 @@ def test_sampling(fake, kind):
 def test_guidance_and_likelihood(kind):
     meta = torch.device("meta")
     x = torch.randn(4, 2, device=meta)
-    denoiser = su.IsotropicMixture(torch.randn(3, 2, device=meta), 0.1) if kind == "mixture" else network(meta)
+    denoiser = (
+        su.IsotropicMixture(torch.randn(3, 2, device=meta), 0.1)
+        if kind == "mixture"
+        else network(meta)
+    )
     obs = su.Observation(lambda x: x[:, 0] * x[:, 1], 0.2, 0.1)
     for sde in (su.VESDE(), su.VPSDE()):
         for guided in (su.DPS(denoiser, obs), su.Annealed(denoiser, obs)):
@@ -87,7 +107,9 @@ def test_training():
     meta = torch.device("meta")
     denoiser, data = network(meta), torch.randn(50, 2, device=meta)
     check(su.dsm_loss(denoiser, data, torch.rand(50, device=meta)), (50,))
-    losses = su.train(denoiser, data, su.log_uniform(0.01, 50.0), steps=6, batch_size=8, progress=False)
+    losses = su.train(
+        denoiser, data, su.log_uniform(0.01, 50.0), steps=6, batch_size=8, progress=False
+    )
     assert losses.shape == (6,)
 
 

@@ -33,7 +33,12 @@ def identity(x):
 
 
 OBS = Observation(identity, torch.tensor([0.5], dtype=torch.float64), 1.0)
-METHODS = {"mmps": MMPS, "annealed": Annealed, "dps": DPS, "pigdm": PiGDM}
+METHODS = {
+    "mmps": MMPS,
+    "annealed": Annealed,
+    "dps": DPS,
+    "pigdm": lambda denoiser, obs: PiGDM(denoiser, obs, (1,), 1.0),
+}
 
 
 def start(sde, n, seed, dim=1):
@@ -41,11 +46,25 @@ def start(sde, n, seed, dim=1):
 
 
 def test_guidance_alone_has_the_wrong_mode_weights(two_modes):
-    """Exact 0.862; known values of the approximations, with 4 standard errors of 8,000 draws and 0.01 for the steps. σ_y = 1 needs no bound."""
+    """Exact 0.862; known values of the approximations, 4 standard errors and 0.01 for the steps."""
     sde, n = SDES["ve"], 8000
-    for method, expected in ((MMPS, 0.675), (Annealed, 0.667), (partial(DPS, max_shift=50.0), 0.953)):
-        x = sample(sde, method(two_modes, OBS), start(sde, n, 0), steps=300, predictor=ancestral, generator=rng(1))
-        assert abs(float((x > 0).double().mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / n) + 0.01, method
+    for method, expected in (
+        (MMPS, 0.675),
+        (Annealed, 0.667),
+        (partial(DPS, max_shift=50.0), 0.953),
+    ):
+        x = sample(
+            sde,
+            method(two_modes, OBS),
+            start(sde, n, 0),
+            steps=300,
+            predictor=ancestral,
+            generator=rng(1),
+        )
+        assert (
+            abs(float((x > 0).double().mean()) - expected)
+            < 4 * math.sqrt(expected * (1 - expected) / n) + 0.01
+        ), method
 
 
 @pytest.mark.parametrize("name", ["ve", "vp"])
@@ -54,7 +73,9 @@ def test_smc_has_the_right_mode_weights_and_evidence(two_modes, name, method):
     exact = two_modes.posterior(OBS)
     right = float(exact.weights[1])  # the modes do not overlap
     assert right == pytest.approx(0.862, abs=5e-4)
-    particles = twisted_smc(SDES[name], METHODS[method](two_modes, OBS), start(SDES[name], 4000, 2), generator=rng(3))
+    particles = twisted_smc(
+        SDES[name], METHODS[method](two_modes, OBS), start(SDES[name], 4000, 2), generator=rng(3)
+    )
     weights = particles.log_weights.exp()
     assert float(weights.sum()) == pytest.approx(1)
     error = math.sqrt(right * (1 - right) / float(particles.ess.min()))
@@ -66,7 +87,12 @@ def test_error_falls_as_particles_grow_and_the_evidence_is_unbiased(two_modes):
     exact, sde = two_modes.posterior(OBS), SDES["ve"]
     errors, ratios = [], []
     for n in (50, 800):
-        runs = [twisted_smc(sde, MMPS(two_modes, OBS), start(sde, n, 10 + i), steps=60, generator=rng(100 + i)) for i in range(40)]
+        runs = [
+            twisted_smc(
+                sde, MMPS(two_modes, OBS), start(sde, n, 10 + i), steps=60, generator=rng(100 + i)
+            )
+            for i in range(40)
+        ]
         share = torch.stack([r.log_weights.exp()[r.x[:, 0] > 0].sum() for r in runs])
         errors.append(float((share - exact.weights[1]).square().mean().sqrt()))
         ratios.append(torch.stack([r.log_evidence - exact.log_evidence for r in runs]).exp())
@@ -77,7 +103,9 @@ def test_error_falls_as_particles_grow_and_the_evidence_is_unbiased(two_modes):
 def test_exact_twist_gives_equal_weights():
     """N(0, 1) and MMPS: the twist is p(y | z) itself, and only the chain's finite steps keep the weights from being equal."""
     sde = SDES["ve"]
-    particles = twisted_smc(sde, MMPS(gaussian(), OBS), start(sde, 2000, 4), steps=400, generator=rng(5))
+    particles = twisted_smc(
+        sde, MMPS(gaussian(), OBS), start(sde, 2000, 4), steps=400, generator=rng(5)
+    )
     assert particles.ess.min() > 0.95 * 2000
 
 
@@ -90,18 +118,44 @@ def test_systematic_resampling_keeps_each_share_within_one():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
-    """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence against the exact posterior.
+    """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence.
 
-    One run's log-evidence has a standard error of 0.01 to 0.04: 0.1 is at least 2.5 of them, and 0.06 bounds the root mean square of eight.
+    One run's log-evidence has a standard error of 0.01 to 0.04: 0.1 is at least 2.5 of them, and
+    0.06 bounds the root mean square of eight. Without the probes' C the observation -1.0 comes out
+    with evidence off by 1.6 to 2.1 nats.
     """
     wrong, gaps, sde = [], [], SDES[name]
-    for i, (y, noise) in enumerate([(0.2, 0.05), (0.2, 0.03), (-0.2, 0.1), (0.5, 0.1), (-1.0, 0.1), (0.0, 0.3), (1.0, 0.3), (-0.5, 0.03)]):
+    for i, (y, noise) in enumerate(
+        [
+            (0.2, 0.05),
+            (0.2, 0.03),
+            (-0.2, 0.1),
+            (0.5, 0.1),
+            (-1.0, 0.1),
+            (0.0, 0.3),
+            (1.0, 0.3),
+            (-0.5, 0.03),
+        ]
+    ):
         obs = Observation(lambda x: x[:, 0] * x[:, 1], y, noise)
         x, log_w, evidence = weighted_posterior(roll, obs, 200_000, rng(8))
-        particles = twisted_smc(sde, MMPS(learned, obs), sde.prior((4000, 2), generator=rng(9 + i)), generator=rng(20 + i))
-        wrong.append(float(total_variation(roll_mass(particles.x, particles.log_weights.exp()).double(), roll_mass(x, log_w.exp()))))
+        particles = twisted_smc(
+            sde,
+            MMPS(learned, obs, probes=16),
+            sde.prior((4000, 2), generator=rng(9 + i)),
+            times=karras_times(sde, 100),
+            generator=rng(20 + i),
+        )
+        wrong.append(
+            float(
+                total_variation(
+                    roll_mass(particles.x, particles.log_weights.exp()).double(),
+                    roll_mass(x, log_w.exp()),
+                )
+            )
+        )
         gaps.append(float(particles.log_evidence - evidence))
-        print(f"{name} y = {y}, σ_y = {noise}: mass in the wrong piece {wrong[-1]:.3f}, log-evidence {gaps[-1]:+.3f}")
+        print(f"{name} y = {y}, σ_y = {noise}: wrong {wrong[-1]:.3f}, evidence {gaps[-1]:+.3f}")
     assert sum(wrong) / len(wrong) <= 0.05
     assert max(wrong) <= 0.08
     assert max(abs(gap) for gap in gaps) < 0.1
@@ -109,7 +163,7 @@ def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
 
 
 def mixture_problem(d, m, seed):
-    """25 unit Gaussians on a grid of spacing 8 in two coordinates, tiled; random weights; A with m random singular values in (0, 1)."""
+    """25 unit Gaussians on a grid of spacing 8 in two coordinates, tiled; A of rank m."""
     g, axis = rng(seed), torch.tensor([-16.0, -8.0, 0.0, 8.0, 16.0], dtype=torch.float64)
     means = torch.cartesian_prod(axis, axis).repeat(1, d // 2)
     mix = IsotropicMixture(means, 1.0, torch.rand(25, generator=g, dtype=torch.float64))
@@ -125,7 +179,7 @@ def mixture_problem(d, m, seed):
 @pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 8), (800, 3)])
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_mixtures(d, m, problems):
-    """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets, each over three pairs; σ(1) well above the size."""
+    """Mean sliced Wasserstein-1 to exact draws at most 2 times that of two exact sets."""
     far, unit, sde, g = [], [], VESDE(0.01, 2000.0), rng(50)
     for seed in range(problems):
         mix, obs = mixture_problem(d, m, seed)
@@ -139,20 +193,29 @@ def test_mixtures(d, m, problems):
 
 
 def test_steps_have_the_reverse_process_covariance():
-    """Prior N(0, 4), y nearly uninformative, 40 steps: the draws' variance within 2 % and 3 standard errors; ancestral steps lack 19 %."""
+    """Prior N(0, 4), y says nothing, 40 steps: variance within 2 %; ancestral steps lack 19 %."""
     sde, n, prior = VESDE(), 20_000, gaussian(variance=4.0)
     obs = Observation(identity, torch.zeros(1, dtype=torch.float64), 1000.0)
-    x = twisted_smc(sde, MMPS(prior, obs), start(sde, n, 60), steps=40, generator=rng(61)).resample(n, rng(62))
-    plain = sample(sde, prior, start(sde, n, 60), times=karras_times(sde, 40, sigma_max=50.0), predictor=ancestral, generator=rng(61))
+    times_ = karras_times(sde, 40, high=50.0)
+    options = {"times": times_, "generator": rng(61)}
+    x = twisted_smc(sde, MMPS(prior, obs), start(sde, n, 60), **options).resample(n, rng(62))
+    plain = sample(
+        sde,
+        prior,
+        start(sde, n, 60),
+        times=times_,
+        predictor=ancestral,
+        generator=rng(61),
+    )
     error = math.sqrt(2 / n)
-    print(f"variance {float(x.var()) / 4:.4f} of exact, ancestral {float(plain.var()) / 4:.4f}, standard error {error:.4f}")
+    print(f"variance {float(x.var()) / 4:.4f} of exact, ancestral {float(plain.var()) / 4:.4f}")
     assert abs(float(x.var()) / 4 - 1) < 0.02 + 3 * error
     assert float(plain.var()) / 4 < 0.85
 
 
 @pytest.mark.slow
 def test_calibration_tells_smc_from_dps(two_modes):
-    """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square, 10 bins; p below 1e-4 is a rejection)."""
+    """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square)."""
     n, draws, sde, g = 300, 19, SDES["ve"], rng(40)
     truth = two_modes.sample(n, g)
     noise = 0.2
@@ -160,10 +223,18 @@ def test_calibration_tells_smc_from_dps(two_modes):
     guide = [MMPS(two_modes, Observation(identity, yi, noise)) for yi in y]
     smc = []
     for one in guide:
-        particles = twisted_smc(sde, one, sde.prior((200, 1), dtype=torch.float64, generator=g), steps=40, generator=g)
+        particles = twisted_smc(
+            sde, one, sde.prior((200, 1), dtype=torch.float64, generator=g), steps=40, generator=g
+        )
         smc.append(particles.resample(draws, g)[:, 0])
     every = Observation(identity, y.repeat_interleave(draws, dim=0), noise)
-    dps = sample(sde, DPS(two_modes, every), sde.prior((n * draws, 1), dtype=torch.float64, generator=g), predictor=ancestral, generator=g)
+    dps = sample(
+        sde,
+        DPS(two_modes, every),
+        sde.prior((n * draws, 1), dtype=torch.float64, generator=g),
+        predictor=ancestral,
+        generator=g,
+    )
     p, covered = {}, {}
     for name, x in (("smc", torch.stack(smc)), ("dps", dps.reshape(n, draws))):
         counts = torch.bincount(calibration_ranks(truth[:, 0], x) // 2, minlength=10)
@@ -175,35 +246,3 @@ def test_calibration_tells_smc_from_dps(two_modes):
         calibration_ranks(truth, x)
     with pytest.raises(ValueError, match="level"):
         coverage(truth[:, 0], x, 1.0)
-
-
-def test_bad_input_is_refused(two_modes):
-    sde, x = VESDE(), torch.zeros(5, 1, dtype=torch.float64)
-    guided = MMPS(two_modes, OBS)
-    with pytest.raises(TypeError, match="guided"):
-        twisted_smc(sde, two_modes, x)
-    with pytest.raises(ValueError, match="one observation"):
-        twisted_smc(sde, MMPS(two_modes, Observation(identity, x, 1.0)), x)
-    with pytest.raises(ValueError, match="zeta"):
-        twisted_smc(sde, DPS(two_modes, OBS, zeta=1.0, sde=sde, times=(1.0, 0.0)), x)
-    with pytest.raises(TypeError, match="generator"):
-        twisted_smc(sde, guided, x, generator=0)
-    with pytest.raises(TypeError, match=r"VESDE\(\)"):
-        twisted_smc(VESDE, guided, x)
-    for changes, name in [({"steps": 0}, "steps"), ({"times": [0.5, 0.2]}, "end at 0"), ({"times": [0.2, 0.5]}, "decrease")]:
-        with pytest.raises(ValueError, match=name):
-            twisted_smc(sde, guided, x, **changes)
-    for name in ("resample_below", "last_step"):
-        with pytest.raises(ValueError, match=name):
-            twisted_smc(sde, guided, x, **{name: 0.0})
-    with pytest.raises(ValueError, match="finite"):
-        twisted_smc(sde, guided, x * math.nan)
-    with pytest.raises(ValueError, match="y must have shape"):
-        twisted_smc(sde, MMPS(two_modes, Observation(identity, torch.zeros(3), 1.0)), x)
-    atoms = IsotropicMixture(torch.tensor([[-2.0], [2.0]], dtype=torch.float64), 0.0)
-    with pytest.raises(FloatingPointError, match="impossible"):
-        twisted_smc(sde, MMPS(atoms, Observation(identity, torch.tensor([1e160], dtype=torch.float64), 1e-3)), start(sde, 50, 30))
-    particles = twisted_smc(sde, guided, start(sde, 50, 31), steps=5)
-    assert particles.resample(7, rng(0)).shape == (7, 1)
-    with pytest.raises(ValueError, match="n must be"):
-        particles.resample(0)
