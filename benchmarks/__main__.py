@@ -20,8 +20,18 @@ from torch import Tensor
 import sde_utils as su
 
 from . import posterior, samplers, training
-from .common import Counter, Denoise, collect, distance, number, quiet, section, seeded, unit
-from .common import versions
+from .common import (
+    Counter,
+    Denoise,
+    collect,
+    distance,
+    number,
+    quiet,
+    section,
+    seeded,
+    unit,
+    versions,
+)
 
 BROKEN = (RuntimeError, FloatingPointError, ValueError)  # what a run that diverges may raise
 FASTEST = ("sde_utils: Heun", "azula: Heun", "k-diffusion: Heun", "diffusers: Heun")
@@ -116,32 +126,38 @@ class Score:
         return error
 
 
+def compare(
+    d: int, m: int, runs: int, n: int, calls: int, scores: dict[str, Score]
+) -> tuple[float, list[str]]:
+    """One column: each method on its problems. The unit of its distances, and notes."""
+    one, notes = 0.0, []
+    for seed in range(runs):
+        problem = posterior.mixture_problem(d, m, seed)
+        exact = problem.mixture.posterior(problem.observation)
+        sets = [exact.sample(n, torch.Generator().manual_seed(2000 + i)) for i in range(6)]
+        one += unit(sets)
+        for name, score in scores.items():
+            noise = seeded(seed, n, d, dtype=torch.float64)
+            if error := score.run(problem, calls, noise, sets[3:]):
+                notes.append(f"{name}, d = {d}, {m} observed: {error}.")
+    for name, score in scores.items():
+        report([name, f"d = {d}, m = {m}", number(score.far[d, m] / one), f"{score.seconds:.1f} s"])
+    return one, notes
+
+
 def part_b(quick: bool) -> str:
     problems, calls = ({8: 1, 80: 1}, 20) if quick else ({8: 3, 80: 2, 800: 1}, 100)
     size = {d: 200 if quick else 1000 if d == 800 else 2000 for d in problems}
-    columns = [(d, m) for d in problems for m in (1, 2, 4)]
     methods, notes = collect(*posterior.GROUPS)
-    scores = {name: Score(method) for name, method in methods.items()}
-    one = dict.fromkeys(columns, 0.0)
-    for d, m in columns:
-        for seed in range(problems[d]):
-            problem = posterior.mixture_problem(d, m, seed)
-            exact = problem.mixture.posterior(problem.observation)
-            seeds = [torch.Generator().manual_seed(2000 + i) for i in range(6)]
-            sets = [exact.sample(size[d], generator) for generator in seeds]
-            one[d, m] += unit(sets)
-            for name, score in scores.items():
-                noise = seeded(seed, size[d], d, dtype=torch.float64)
-                if error := score.run(problem, calls, noise, sets[3:]):
-                    notes.append(f"{name}, d = {d}, {m} observed: {error}.")
-        for name, score in scores.items():
-            far = number(score.far[d, m] / one[d, m])
-            report([name, f"d = {d}, m = {m}", far, f"{score.seconds:.1f} s"])
+    scores, one = {name: Score(method) for name, method in methods.items()}, {}
+    for d, m in [(d, m) for d in problems for m in (1, 2, 4)]:
+        one[d, m], more = compare(d, m, problems[d], size[d], calls, scores)
+        notes += more
     rows = []
     for name, score in scores.items():
-        cells = [number(score.far[column] / one[column]) for column in columns]
+        cells = [number(score.far[column] / one[column]) for column in one]
         rows.append([name, *cells, str(score.calls), f"{score.seconds:.1f}"])
-    names = [f"{d}, {m}" for d, m in columns]
+    names = [f"{d}, {m}" for d, m in one]
     head = ["exact against exact = 1; d, m =", *names, "calls", "seconds"]
     each = ", ".join(f"{k} for d = {d} ({size[d]:,} draws)" for d, k in problems.items())
     text = (

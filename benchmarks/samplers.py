@@ -22,7 +22,7 @@ Sampler = Callable[[Denoise, Tensor, int], Tensor]
 
 
 def rectified_times(sde: su.SDE, n: int) -> list[float]:
-    """n times, σ/(1 + σ) equally spaced from σ = 50 to 0.01: the grid of azula's rectified schedule."""
+    """n times, σ/(1 + σ) equally spaced from σ = 50 to 0.01, as in azula's rectified schedule."""
     u = torch.linspace(HIGH / (1 + HIGH), LOW / (1 + LOW), n, dtype=torch.float64)
     return sde.time(u / (1 - u)).tolist()
 
@@ -74,8 +74,14 @@ def azula_denoiser(
 
 def azula() -> dict[str, Sampler]:
     from azula.noise import RectifiedSchedule
-    from azula.sample import DDIMSampler, DDPMSampler, HeunSampler
-    from azula.sample import vABSampler, xEABSampler, zABSampler
+    from azula.sample import (
+        DDIMSampler,
+        DDPMSampler,
+        HeunSampler,
+        vABSampler,
+        xEABSampler,
+        zABSampler,
+    )
 
     # of its five the best for most samplers here; σ/α from 0.01 to 50
     schedule = RectifiedSchedule(1 / HIGH, LOW)
@@ -119,9 +125,7 @@ def k_diffusion() -> dict[str, Sampler]:
 def diffusers() -> dict[str, Sampler]:
     from diffusers import EDMDPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-    def dpm(
-        denoiser: Denoise, noise: Tensor, calls: int, algorithm: str = "dpmsolver++"
-    ) -> Tensor:
+    def dpm(denoiser: Denoise, noise: Tensor, calls: int, algorithm: str = "dpmsolver++") -> Tensor:
         scheduler = EDMDPMSolverMultistepScheduler(
             sigma_min=LOW, sigma_max=HIGH, sigma_data=1.0, algorithm_type=algorithm
         )

@@ -24,7 +24,7 @@ Trainer = Callable[[Tensor, Sequence[float]], Iterator[Look]]  # (data, budgets)
 
 
 def excess_loss(denoiser: Denoise, exact: su.GaussianMixture, n: int = 20_000) -> float:
-    """`E |ε̂ - ε*|² / 2`, ln σ uniform, z from the exact density: what a loss lies above its floor."""
+    """`E |ε̂ - ε*|² / 2`, ln σ uniform, z from the exact density: a loss less its floor."""
     generator = torch.Generator().manual_seed(1000)
     sigma = su.log_uniform(LOW, HIGH)(n, generator)
     z = exact.sample(n, generator).float() + sigma[:, None] * torch.randn(n, 2, generator=generator)

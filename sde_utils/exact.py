@@ -1,7 +1,4 @@
-"""Distributions whose every noisy version has a closed-form density, denoiser and score.
-
-They are the exact counterpart of all that is learned.
-"""
+"""Distributions whose every noisy version has a closed-form density, denoiser and score."""
 
 from __future__ import annotations
 
@@ -45,24 +42,19 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         check.batch("means", self.means)
-        means, d = self.means, self.means[0].numel()
-        weights = means.new_ones(len(means)) if self.weights is None else self.weights
-        check.weights("weights", weights, len(means))
-        basis = means.new_zeros(d, 0) if self.basis is None else self.basis
-        c = means.new_zeros(0) if self.basis_variance is None else self.basis_variance
+        n, d = len(self.means), self.means[0].numel()
+        weights = self.means.new_ones(n) if self.weights is None else self.weights
+        check.weights("weights", weights, n)
+        basis = self.means.new_zeros(d, 0) if self.basis is None else self.basis
+        c = self.means.new_zeros(0) if self.basis_variance is None else self.basis_variance
         found = f"{tuple(basis.shape)} and {tuple(c.shape)}"
         fits = basis.ndim == 2 and len(basis) == d and c.shape == basis.shape[1:]
         check.require(fits, f"basis must be ({d}, m) and basis_variance (m,), got {found}")
         gram = basis.T @ basis - torch.eye(len(c), dtype=basis.dtype, device=basis.device)
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
         check.require((c >= 0).all(), "basis_variance must be non-negative")
-        v = check.number("variance", self.variance, ends="[)")
-        for name, value in zip(
-            ("variance", "weights", "basis", "basis_variance"),
-            (v, weights / weights.sum(), basis, c),
-            strict=True,
-        ):
-            object.__setattr__(self, name, value)
+        vars(self).update(weights=weights / weights.sum(), basis=basis, basis_variance=c)
+        vars(self).update(variance=check.number("variance", self.variance, ends="[)"))
 
     @property
     def sigma_data(self) -> float:
@@ -102,11 +94,9 @@ class GaussianMixture:
         expected, found = tuple(self.means.shape[1:]), tuple(z.shape[1:])
         check.require(expected == found, f"z must have shape (B, *{expected}), got (B, *{found})")
         wide = widest(z, self.means)
-        means, basis, c, w = (
-            a.to(z.device, wide)
-            for a in (self.means, self.basis, self.basis_variance, self.weights)
-        )
-        means, level = means.flatten(1), as_level(sigma, z)
+        own = (self.means.flatten(1), self.basis, self.basis_variance, self.weights)
+        means, basis, c, w = (a.to(z.device, wide) for a in own)
+        level = as_level(sigma, z)
         if not isinstance(sigma, Tensor):
             level = level.to(wide).fill_(sigma)  # a small number keeps its square
             check.require(self.variance + sigma**2 > 0, "atoms (variance 0) need sigma > 0")
@@ -126,10 +116,7 @@ class GaussianMixture:
             yield joint, plain * mean + extra * (mean @ basis) @ basis.T - scaled, square
 
     def log_prob(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
-        """log p(z; σ) in nats.
-
-        Args: z: (B, *dims). sigma: number, scalar tensor or (B,).   Returns: (B,).
-        """
+        """log p(z; σ) in nats, (B,).   Args: z: (B, *dims). sigma: number, scalar or (B,)."""
         check.batch("z", z)
         blocks = [joint.logsumexp(1) for joint, _, _ in self._blocks(z, sigma)]
         return torch.cat(blocks).to(z.dtype)
@@ -160,36 +147,35 @@ class GaussianMixture:
         """
         check.require(self.basis.shape[1] == 0, "posterior needs an isotropic mixture, no basis")
         v, noise = self.variance, obs.noise_std**2
-        obs.residual(self.means[:1])
+        obs.check_single(self.means)
         matrix = obs.matrix(self.means.shape[1:])
-        means, m = self.means.flatten(1).to(matrix), len(matrix)
-        found = obs.y.numel()
-        check.require(found == m, f"y must be one observation of {m} numbers, got {found}")
+        means, y, m = self.means.flatten(1).cpu().double(), obs.y.cpu().double(), len(matrix)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        residual = obs.y.reshape(-1).to(means) - means @ matrix.T  # (K, m)
+        residual = y.reshape(-1) - means @ matrix.T  # (K, m)
         e, total = residual @ u, v * s**2 + noise
         outside = (residual.square().sum(1) - e.square().sum(1)).clamp(min=0) / noise
         log_det = total.log().sum() + (m - len(s)) * math.log(noise) + m * math.log(2 * math.pi)
-        log_w = self.weights.to(means).log() - ((e**2 / total).sum(1) + outside + log_det) / 2
+        log_w = self.weights.cpu().double().log() - ((e**2 / total).sum(1) + outside + log_det) / 2
         evidence = log_w.logsumexp(0)
         possible = evidence.isfinite()
         check.require(possible, "y is impossible: every component gives it the density 0")
         moved = (means + (v * s / total * e) @ vh).reshape(self.means.shape)
         parts = (moved, (log_w - evidence).exp(), vh.T, v * noise / total)
-        moved, weights, basis, c = (a.to(self.means) for a in parts)
+        parts = tuple(a.to(self.means.dtype).to(self.means.device) for a in parts)
+        moved, weights, basis, c = parts
         return GaussianMixture(moved, v, weights, basis, c, evidence)
 
 
 def IsotropicMixture(
-    means: Tensor, variance: float, weights: Tensor | None = None
+    means: Tensor, variance: float, weights: Tensor = None  # type: ignore[assignment]
 ) -> GaussianMixture:
     r"""Equal round Gaussians: a curve smeared by noise, or, with v = 0, a training set.
 
         p(z; σ) = Σ_k w_k N(z; μ_k, (v + σ²) I).
 
-    Args: means: (K, *dims). variance: v >= 0. weights: (K,), non-negative; uniform if None.
+    Arguments as for `GaussianMixture`.
     """
-    return GaussianMixture(means, variance, weights)  # type: ignore[arg-type]
+    return GaussianMixture(means, variance, weights)
 
 
 def weighted_posterior(
@@ -203,8 +189,7 @@ def weighted_posterior(
     Raises `ValueError` if y is not one observation, or no draw has a positive likelihood.
     """
     x = density.sample(n, generator)
-    m, found = obs.residual(x[:2]).shape[1], obs.y.numel()
-    check.require(m == found, f"y must be one observation of {m} numbers, got {found}")
+    obs.check_single(x)
     log_w = obs.log_likelihood(x)
     check.require(not log_w.isnan().any(), "operator returned NaN for some draws")
     total = log_w.logsumexp(0)

@@ -80,7 +80,7 @@ class PiGDM(Guided):
         variance = self.variance
         if variance is None:
             variance = getattr(self.denoiser, "sigma_data", 1.0) ** 2
-        object.__setattr__(self, "variance", check.number("variance", variance))
+        vars(self).update(variance=check.number("variance", variance))
         assert self.gram  # refuses a crooked A before any work
 
     @cached_property

@@ -30,7 +30,7 @@ class Tangent:
         self.z, self._x0_hat = differentiable(denoiser, z, level)
         with torch.inference_mode(False), torch.enable_grad():
             self.point = self._x0_hat.detach().requires_grad_()
-            self._r = obs.residual(self.point)
+            self._r = obs.residual(self.point.clone())  # a leaf may not be written to
         self.x0_hat, self.r = self._x0_hat.detach(), self._r.detach()  # (B, *dims), (B, m)
 
     def J(self, v: Tensor, last: bool = False) -> Tensor:

@@ -38,8 +38,7 @@ class Observation:
         check.tensor("y", y)
         check.require(y.isfinite().all(), "y must be finite, but holds NaN or infinity")
         noise_std = check.number("noise_std", self.noise_std, 1e-18, ends="[)")
-        object.__setattr__(self, "y", y)
-        object.__setattr__(self, "noise_std", noise_std)
+        vars(self).update(y=y, noise_std=noise_std)
 
     def residual(self, x0: Tensor) -> Tensor:
         """y - A(x_0).
@@ -67,6 +66,12 @@ class Observation:
         sloped = predicted.requires_grad or not x0.requires_grad
         check.require(sloped, "operator must be differentiable, but A(x_0) has no graph")
 
+    def check_single(self, x0: Tensor) -> None:
+        """`ValueError` unless y is one observation.   Args: x0: (B, *dims), as A takes them."""
+        found, predicted = self.y.numel(), self.operator(x0[:1].clone())
+        m = predicted.numel() if isinstance(predicted, Tensor) else found
+        check.require(m == found, f"y must be one observation of {m} numbers, got {found}")
+
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """log N(y; A(x_0), σ_y² I), normalised.
 
@@ -79,7 +84,7 @@ class Observation:
     def matrix(self, shape: Sequence[int]) -> Tensor:
         """A as a matrix, for x_0 of this shape.
 
-        Args: shape: of one x_0, dims.   Returns: (m, d), d the product of dims; float64 on the CPU.
+        Args: shape: of one x_0, dims.   Returns: (m, d), d the product of dims, float64, CPU.
         Raises `ValueError` if A is not linear.
         """
         shape = check.shape(shape)
@@ -87,4 +92,5 @@ class Observation:
         check.linear(self.operator, like)
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         with torch.no_grad():
-            return self.operator(identity.reshape(-1, *shape)).reshape(len(identity), -1).T
+            columns = self.operator(identity.reshape(-1, *shape)).reshape(len(identity), -1)
+        return columns.T.cpu().double()

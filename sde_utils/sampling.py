@@ -172,10 +172,12 @@ def sample(
 def cause(sde: SDE, denoiser: Denoise, x: Tensor, t: float, corrector: Corrector | None) -> str:
     """Why a step from x at t left the finite numbers, by one more call."""
     z, sigma = x / float(sde.scale(t)), float(sde.sigma(t))
+    stiff = "the denoiser's guidance is too stiff for steps like this"
+    if z.abs().max() > 1e6 * sigma:
+        return f"x had run away before; {stiff}"
     if not call(denoiser, z, sigma).isfinite().all():
         return f"the denoiser is not finite there (or its σ² is too large for {x.dtype})"
-    moves = "the corrector's moves are too large, or " if corrector else ""
-    return f"{moves}the denoiser's guidance is too stiff for this step"
+    return f"the corrector's moves are too large, or {stiff}" if corrector else stiff
 
 
 def finish(denoiser: Denoise, z: Tensor, sigma: float, w: float) -> Tensor:

@@ -14,10 +14,9 @@ from .sde import SDE, as_time
 
 def keep_ends(sde: SDE, low: str, high: str) -> None:
     """Both ends of a schedule as floats, 0 < low < high."""
-    for name in (low, high):
-        object.__setattr__(sde, name, check.number(name, getattr(sde, name)))
-    a, b = getattr(sde, low), getattr(sde, high)
+    a, b = check.number(low, getattr(sde, low)), check.number(high, getattr(sde, high))
     check.require(a < b, f"{low} must be below {high}, got {a} and {b}")
+    vars(sde).update({low: a, high: b})
 
 
 @dataclass(frozen=True)

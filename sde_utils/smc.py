@@ -71,8 +71,7 @@ def check_particles(guided: Guided, x: Tensor) -> None:
         expected = "a guided denoiser, as su.MMPS(denoiser, obs)"
         raise TypeError(f"guided must be {expected}, got {check.what(guided)}")
     check.batch("x", x)
-    m, found = guided.obs.residual(x[:1].expand_as(x)).shape[1], guided.obs.y.numel()
-    check.require(m == found, f"obs.y must be one observation of {m} numbers, got {found} numbers")
+    guided.obs.check_single(x)
 
 
 @torch.no_grad()
@@ -115,8 +114,7 @@ def twisted_smc(
     times = check_run(sde, guided, x, uniform_times(steps) if times is None else times, generator)
     threshold = check.number("resample_below", resample_below, 0, 1, "[]") * len(x)
     z, levels = x / float(sde.scale(times[0])), [float(sde.sigma(t)) for t in times]
-    now = guided.look(z, levels[0])
-    now = now._replace(shift=torch.zeros_like(z), log_p=torch.zeros_like(now.log_p))
+    now = guided.look(z, levels[0])._replace(shift=torch.zeros_like(z), log_p=z.new_zeros(len(z)))
     log_w = torch.zeros(len(z), dtype=torch.float64, device="cpu")
     log_evidence, sizes = log_w.new_zeros(()), []
     for sigma_t, sigma_s in pairwise(levels):
@@ -127,10 +125,10 @@ def twisted_smc(
             now, log_w = guided.look(z, sigma_t), torch.zeros_like(log_w)
         z, log_ratio = propose(now, z, sigma_t, sigma_s, generator)
         new = guided.look(z, sigma_s)
-        log_w = log_w + (new.log_p - now.log_p + log_ratio).to("cpu", torch.float64)
+        log_w = log_w + (new.log_p - now.log_p + log_ratio).cpu().double()
         now = new
     last = guided.obs.log_likelihood(now.x0_hat) - now.log_p
-    log_w = log_w + last.to("cpu", torch.float64)
+    log_w = log_w + last.cpu().double()
     ess = torch.stack([*sizes, effective(log_w)])
     if ess.min() < len(x) / 20:
         found = f"particles collapsed: {float(ess.min()):.1f} effective of {len(x)}"

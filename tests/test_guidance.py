@@ -522,6 +522,7 @@ def test_ve_and_vp_give_the_same_posterior(two_modes, method):
             z * sde.scale(times[0]),
             times=times,
             predictor=ancestral,
+            last_step=None,
             generator=rng(93),
         )
         ends.append(x / sde.scale(times[-1]))

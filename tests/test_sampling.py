@@ -126,8 +126,9 @@ def test_convergence_orders(two_modes, name, predictor, order, top):
     for denoiser, truth in ((gaussian(0, v), exact), (two_modes, fine)):
         counts = (100, 200, 400) if order < 3 else (200, 400, 800)
         errors = [flow_error(sde, denoiser, predictor, n, truth, top).norm() for n in counts]
-        for coarse, fine_ in pairwise(errors):
-            assert math.log2(coarse / fine_) == pytest.approx(order, abs=0.2)
+        above = 0.2 if order < 3 else 0.5  # the error of order 3 still has some of order 4
+        for coarse, finer in pairwise(errors):
+            assert order - 0.2 < math.log2(coarse / finer) < order + above
 
 
 @pytest.mark.parametrize("name", ["ve", "vp"])
@@ -241,6 +242,7 @@ def test_ve_and_vp_agree_after_rescaling(two_modes, predictor):
             z * sde.scale(times[0]),
             times=times,
             predictor=predictor,
+            last_step=None,
             generator=rng(9),
         )
         ends.append(x / sde.scale(times[-1]))
@@ -374,7 +376,7 @@ def test_memory_does_not_grow_with_steps(two_modes):
         steps=100,
         corrector=Langevin(),
     )
-    assert len(alive) == 201
+    assert len(alive) == 199
     assert max(alive) <= 2
 
 

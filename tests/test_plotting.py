@@ -1,0 +1,144 @@
+import io
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import rng
+from PIL import Image
+
+import sde_utils as su
+from sde_utils import plotting as draw
+
+mpl.use("agg")
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def shown(ax):
+    return np.asarray(ax.images[0].get_array())
+
+
+def images(n, channels=1, seed=0):
+    return torch.rand(n, channels, 6, 5, generator=rng(seed)) * 2 - 1
+
+
+def test_images_stand_row_by_row(ax):
+    x = images(5)
+    draw.draw_images(ax, x, 3)
+    grid = shown(ax)
+    assert grid.shape == (2 * 8, 3 * 7)
+    for i, image in enumerate(x):
+        top, left = 8 * (i // 3) + 1, 7 * (i % 3) + 1
+        np.testing.assert_array_equal(grid[top : top + 6, left : left + 5], image[0])
+    assert (grid[8:, 14:] == 1).all()  # the sixth place is empty
+
+
+def test_colour_is_kept(ax):
+    x = images(1, channels=3)
+    draw.draw_images(ax, x, 1)
+    np.testing.assert_allclose(shown(ax), (x[0].movedim(0, -1) + 1) / 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_posterior_figure_of_few_draws(channels):
+    """Two methods of one and of three draws, four columns: every title stands over its own."""
+    truth, few, many = (images(n, channels, n) for n in (1, 1, 3))
+    data = torch.arange(12.0).reshape(1, 1, 3, 4)
+    figure = draw.posterior_figure(truth, None, {"a": few, "b": many}, draws=4, data=data)
+    titles = [ax.get_title() for ax in figure.axes[:9]]
+    assert titles == ["truth", "data", *[f"draw {i}" for i in range(1, 5)], "mean", "sd", "|error|"]
+    for row, x in zip((figure.axes[:9], figure.axes[9:]), (few, many), strict=True):
+        assert [bool(ax.images) for ax in row] == [True] * (2 + len(x)) + [False] * (4 - len(x)) + [
+            True
+        ] * 3
+        sd = x.std(0, correction=0 if len(x) == 1 else 1).mean(0)
+        np.testing.assert_allclose(shown(row[7]), sd, atol=1e-6)
+        error = (x.mean(0) - truth[0]).abs().mean(0)
+        np.testing.assert_allclose(shown(row[8]), error, atol=1e-6)
+        assert row[1].images[0].get_clim() == (0, 11)
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_posterior_figure_of_one_method():
+    figure = draw.posterior_figure(images(1), images(1), {"MMPS": images(6)})
+    assert len(figure.axes) == 9
+    plt.close(figure)
+
+
+def test_mass_of_any_number_of_methods(ax):
+    masses = {f"method {i}": torch.full((4,), 0.25) for i in range(13)}
+    draw.draw_mass(ax, masses)
+    looks = {(p.get_edgecolor(), p.get_linestyle()) for p in ax.patches}
+    assert len(ax.patches) == 13
+    assert len(looks) == 12
+
+
+def test_maps_points_and_fields(ax):
+    mix = su.IsotropicMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.1)
+    draw.draw_density(ax, mix, 0.3, n=20, alpha=0.5)
+    expected = mix.log_prob(draw.plane(n=20), 0.3).reshape(20, 20).T
+    np.testing.assert_allclose(shown(ax), expected)
+    draw.draw_points(ax, torch.randn(5, 2).requires_grad_())
+    draw.draw_field(ax, su.Denoiser(su.MLP()), 0.5, color=draw.BLACK)
+    draw.draw_map(ax, torch.randn(9).double().requires_grad_(), floor=None)
+
+
+def test_a_moving_picture_has_its_frames():
+    draw.use_style()
+
+    def frame(i):
+        figure, ax = plt.subplots(figsize=(1, 1))
+        ax.plot([0, 1], [0, i])
+        return figure
+
+    with Image.open(io.BytesIO(draw.animated_png(frame, 3, milliseconds=50, hold=400))) as png:
+        durations = []
+        for k in range(png.n_frames):
+            png.seek(k)
+            durations.append(png.info["duration"])
+    assert durations == [50, 50, 400]
+    plt.rcdefaults()
+
+
+def test_a_shown_figure_is_described_and_closed(capsys):
+    figure = plt.figure(figsize=(1, 1))
+    draw.show(figure, "nothing to see")
+    assert "nothing to see" in capsys.readouterr().out
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_bad_input_is_named(ax):
+    three = su.IsotropicMixture(torch.zeros(1, 3), 1.0)
+    x = images(2)
+    for call, name in (
+        (lambda: draw.draw_density(ax, three), "two-dimensional"),
+        (lambda: draw.draw_field(ax, three, 0.5), "two-dimensional"),
+        (lambda: draw.draw_field(ax, su.Denoiser(su.MLP(3)), 0.5), "two-dimensional"),
+        (lambda: draw.draw_field(ax, su.Denoiser(su.MLP()), 0.0), "sigma"),
+        (lambda: draw.draw_points(ax, torch.zeros(4, 3)), "x must have shape"),
+        (lambda: draw.draw_map(ax, torch.zeros(4, 4)), "values must have shape"),
+        (lambda: draw.draw_images(ax, x.expand(2, 2, 6, 5), 1), "images"),
+        (lambda: draw.draw_images(ax, x[0], 1), "images"),
+        (lambda: draw.draw_images(ax, x, 0), "columns"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+    for call, name in (
+        (lambda: draw.draw_images(ax, x.numpy(), 1), "x must be"),
+        (lambda: draw.draw_points(ax, np.zeros((4, 2))), "x must be"),
+        (lambda: draw.draw_map(ax, np.zeros(4)), "values must be"),
+        (lambda: draw.draw_mass(ax, {"a": np.ones(4) / 4}), r"masses\['a'\] must be"),
+        (lambda: draw.posterior_figure(x[:1].numpy(), None, {"a": x}), "truth must be"),
+        (lambda: draw.posterior_figure(x[:1], None, {"a": x.numpy()}), r"results\['a'\] must be"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
