@@ -176,5 +176,5 @@ class Guided:
             warnings.warn(
                 "operator has the gradient 0 everywhere (round, sign, a threshold?): "
                 "guidance will do nothing",
-                stacklevel=4,
+                stacklevel=5,
             )

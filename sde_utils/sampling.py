@@ -82,13 +82,13 @@ def check_start(sde: SDE, denoiser: Denoise, x: Tensor, t: float) -> None:
         warnings.warn(
             f"x has the root mean square {size:.3g} at t = {t:.4g}, where noise has r σ = "
             f"{r * sigma:.3g}: start from sde.prior(...) or sde.perturb(x0, t)",
-            stacklevel=3,
+            stacklevel=5,
         )
     if t == 1 and sigma < 10 * data:
         warnings.warn(
             f"σ(1) = {sigma:.3g} is below 10 sigma_data = {10 * data:.3g}: the prior still knows "
             "the data; scale the data, or take an SDE that goes further",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

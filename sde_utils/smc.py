@@ -42,8 +42,8 @@ def systematic(log_weights: Tensor, n: int, generator: Random = None) -> Tensor:
     """n indices, k about n w_k times, shuffled: n equal steps through the cumulative weights."""
     check.generator(generator)
     device = log_weights.device if generator is None else generator.device
-    offset = torch.rand((), generator=generator, device=device).to(log_weights)
-    points = (torch.arange(n, device=log_weights.device) + offset) / n
+    offset = float(torch.rand((), generator=generator, device=device))
+    points = (torch.arange(n).to(log_weights) + offset) / n
     cumulative = log_weights.softmax(0).cumsum(0)
     index = torch.searchsorted(cumulative / cumulative[-1], points)
     order = torch.randperm(n, generator=generator, device=device).to(log_weights.device)
