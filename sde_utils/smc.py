@@ -43,9 +43,9 @@ def systematic(log_weights: Tensor, n: int, generator: Random = None) -> Tensor:
     check.generator(generator)
     device = log_weights.device if generator is None else generator.device
     offset = float(torch.rand((), generator=generator, device=device))
-    points = (torch.arange(n).to(log_weights) + offset) / n
+    points = torch.arange(n, dtype=log_weights.dtype, device=log_weights.device)
     cumulative = log_weights.softmax(0).cumsum(0)
-    index = torch.searchsorted(cumulative / cumulative[-1], points)
+    index = torch.searchsorted(cumulative / cumulative[-1], (points + offset) / n)
     order = torch.randperm(n, generator=generator, device=device).to(log_weights.device)
     return index.clamp(max=len(log_weights) - 1)[order]
 

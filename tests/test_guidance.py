@@ -332,14 +332,19 @@ def test_mmps_probes_measure_what_the_linearisation_leaves_out(curved):
 
 
 def test_probes_reach_the_conjugate_gradients_by_their_diagonal():
-    """m numbers of one curve each: S is diagonal, so both ways must agree."""
-    prior = gaussian(0.2, 0.5, dim=6)
-    obs = Observation(torch.square, torch.full((6,), 0.3, dtype=torch.float64), 0.4)
+    """A = x², each coordinate by itself: S = σ_y² + σ² (2x̂)² J + 3 ρ⁴, within 4 errors of 3 ρ⁴."""
+    v, sigma, noise, probes = 1.0, 0.9, 0.4, 4000
+    prior = gaussian(0.2, v, dim=6)
+    obs = Observation(torch.square, torch.full((6,), 0.3, dtype=torch.float64), noise)
     z = torch.randn(5, 6, generator=rng(7), dtype=torch.float64)
-    q = MMPS(prior, obs, probes=300, dense=8)
-    rows, conjugate = q(z, 0.9), MMPS(prior, obs, probes=300, dense=1, iterations=30)(z, 0.9)
-    assert (rows - conjugate).abs().max() < 0.1 * (rows - prior(z, 0.9)).abs().max()
-    assert (rows - conjugate).abs().max() > 0  # the mean of q qᵀ has other entries, of order 1/√300
+    found = MMPS(prior, obs, probes=probes, dense=1, iterations=30, max_shift=math.inf)(z, sigma)
+    x0_hat, rho2, error = prior(z, sigma), sigma**2 * v / (sigma**2 + v), 4 * math.sqrt(96 / probes)
+    ends = []
+    for bend in ((3 - error) * rho2**2, (3 + error) * rho2**2):
+        s = noise**2 + 4 * x0_hat**2 * rho2 + bend
+        ends.append(x0_hat + rho2 * 2 * x0_hat * (obs.y - x0_hat**2) / s)
+    low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
+    assert ((found > low - 1e-9) & (found < high + 1e-9)).all()
 
 
 def test_calls_and_products_are_no_more_than_the_formula_needs():
@@ -452,7 +457,8 @@ def test_guidance_at_sigma_zero_changes_nothing(two_modes):
 
 
 def test_half_precision_has_its_small_matrices_in_single():
-    prior, _, _, obs = random_problem(3, isotropic=0.7)
+    prior, matrix, y, _ = random_problem(3, isotropic=0.7)
+    obs = Observation(lambda x: x @ matrix.T.to(x), y, 0.4)
     z = torch.randn(4, 6, generator=rng(3), dtype=torch.float64)
     half = Gaussian(prior.mean.half(), prior.covariance.half())
 
