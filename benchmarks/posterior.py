@@ -93,7 +93,7 @@ def sde_utils() -> dict[str, Posterior]:
 
     def smc(problem: Problem, calls: int, noise: Tensor) -> Tensor:
         twist = su.MMPS(problem.denoiser, problem.observation)
-        return su.twisted_smc(sde, twist, HIGH * noise, steps=calls).resample(len(noise))
+        return su.twisted_smc(sde, twist, HIGH * noise, times=su.uniform_times(calls)).resample(len(noise))
 
     return {
         "sde_utils: DPS": partial(guided, kind=su.DPS),

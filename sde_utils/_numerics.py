@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ Denoise = Callable[..., Tensor]  # D(z, sigma) -> E[x_0 | z]
 Predictor = Callable[..., Tensor]  # (sde, denoiser, x, t, s, generator) -> x_s
 Corrector = Callable[..., Tensor]  # (sde, denoiser, x, t, generator) -> x_t
 Random = torch.Generator | None
+Times = Sequence[float] | Tensor
 
 
 def expand(value: Tensor, x: Tensor, name: str = "t") -> Tensor:

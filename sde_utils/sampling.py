@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import _check as check
-from ._numerics import Corrector, Denoise, Predictor, Random, call
+from ._numerics import Corrector, Denoise, Predictor, Random, Times, call
 from .predictors import euler_maruyama
 from .sde import SDE, check_sde
 
@@ -61,7 +60,7 @@ def karras_times(
     return first + [float(sde.time(min(level, top))) for level in levels]
 
 
-def check_times(sde: SDE, times: Sequence[float] | Tensor) -> list[float]:
+def check_times(sde: SDE, times: Times) -> list[float]:
     """`times` as a list: decreasing within [0, 1], σ > 0 at the last."""
     if isinstance(times, (str, int, float)) or getattr(times, "ndim", 1) != 1:
         expected = "a sequence, as su.karras_times(sde, 18); for a number of them write steps="
@@ -96,7 +95,7 @@ def check_run(
     sde: SDE,
     denoiser: Denoise,
     x: Tensor,
-    times: Sequence[float] | Tensor,
+    times: Times,
     generator: Random,
 ) -> list[float]:
     """The doors of a run; the times as a list."""
@@ -118,7 +117,7 @@ def sample(
     x: Tensor,
     *,
     steps: int = 100,
-    times: Sequence[float] | Tensor | None = None,
+    times: Times | None = None,
     predictor: Predictor = euler_maruyama,
     corrector: Corrector | None = None,
     last_step: float | None = 1.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._numerics import Random, randn_like
+from ._numerics import Random, Times, randn_like
 from .guided import Guidance, Guided
-from .sampling import check_run, uniform_times
+from .sampling import check_run, karras_times
 from .sde import SDE
 
 
@@ -65,13 +64,19 @@ def log_mean(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-def check_particles(guided: Guided, x: Tensor) -> None:
-    """Particles need a guided denoiser, and one observation for all of them."""
+def check_particles(
+    sde: SDE, guided: Guided, x: Tensor, steps: int, times: Times | None, generator: Random
+) -> list[float]:
+    """The doors: a guided denoiser, one observation for all, and `sample`'s. Returns the times."""
     if not callable(getattr(guided, "look", None)) or not hasattr(guided, "obs"):
         expected = "a guided denoiser, as su.MMPS(denoiser, obs)"
         raise TypeError(f"guided must be {expected}, got {check.what(guided)}")
     check.batch("x", x)
     guided.obs.check_single(x)
+    if times is None:
+        size = getattr(getattr(guided, "denoiser", None), "sigma_data", 1.0)
+        times = karras_times(sde, steps, size)
+    return check_run(sde, guided, x, times, generator)
 
 
 @torch.no_grad()
@@ -81,7 +86,7 @@ def twisted_smc(
     x: Tensor,
     *,
     steps: int = 100,
-    times: Sequence[float] | Tensor | None = None,
+    times: Times | None = None,
     resample_below: float = 0.5,
     generator: Random = None,
 ) -> Particles:
@@ -103,15 +108,16 @@ def twisted_smc(
     Args:
         guided: whatever has `look` and `obs`, as Annealed, DPS, PiGDM, MMPS.
         x: (n, *dims), as from `sde.prior`; σ(1) has to exceed the size of the data.
-        steps, times: as in `sample`. The first step is unguided: at σ(1) z knows next to nothing.
+        times: as in `sample`; `karras_times(sde, steps, sigma_data)` if None, in units of the
+            denoiser's sigma_data, else 1. The first step, from times[0] to the next, is unguided:
+            there z says next to nothing of x_0, and a learned J much that is wrong.
         resample_below: resample where the effective size falls below this share of n; 0: never.
     Raises as `sample` does, `FloatingPointError` if all weights vanish or are NaN; warns if fewer
     than one in twenty particles was left.
     Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1; the covariance is that of Bao et al.
     2022 (arXiv 2206.07309) in Tweedie's form, Cov[x_0 | z] = σ² J; its root L is ours.
     """
-    check_particles(guided, x)
-    times = check_run(sde, guided, x, uniform_times(steps) if times is None else times, generator)
+    times = check_particles(sde, guided, x, steps, times, generator)
     threshold = check.number("resample_below", resample_below, 0, 1, "[]") * len(x)
     z, levels = x / float(sde.scale(times[0])), [float(sde.sigma(t)) for t in times]
     now = guided.look(z, levels[0])._replace(shift=torch.zeros_like(z), log_p=z.new_zeros(len(z)))
