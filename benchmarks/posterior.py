@@ -93,7 +93,8 @@ def sde_utils() -> dict[str, Posterior]:
 
     def smc(problem: Problem, calls: int, noise: Tensor) -> Tensor:
         twist = su.MMPS(problem.denoiser, problem.observation)
-        return su.twisted_smc(sde, twist, HIGH * noise, times=su.uniform_times(calls)).resample(len(noise))
+        particles = su.twisted_smc(sde, twist, HIGH * noise, times=su.uniform_times(calls))
+        return particles.resample(len(noise))
 
     return {
         "sde_utils: DPS": partial(guided, kind=su.DPS),

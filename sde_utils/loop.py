@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from . import _check as check
-from ._numerics import Denoise, Random, expand, randn_like
+from ._numerics import Denoise, expand, randn_like
 
 SigmaSampler = Callable[..., Tensor]  # (n, generator) -> (n,) noise levels
 Weight = Callable[[Tensor], Tensor]  # sigma (B,) -> (B,)
@@ -43,7 +43,7 @@ class Run:
     data: Tensor
     sigma_sampler: SigmaSampler
     weight: Weight | None
-    generator: Random
+    generator: Any  # torch.Generator or None
     settings: dict[str, Any]
 
     def __post_init__(self) -> None:

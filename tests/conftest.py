@@ -54,7 +54,7 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def learned():
-    """The lecture's network, trained as the notebooks train it, over the noise levels of both SDEs."""
+    """The lecture's network, trained as in the notebooks, over the noise levels of both SDEs."""
     torch.manual_seed(0)
     denoiser = Denoiser(MLP())
     sampler = log_uniform(0.01, float(VPSDE().sigma(1.0)))

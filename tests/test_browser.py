@@ -1,4 +1,7 @@
-"""The notebooks as their readers see them, in a real Chromium: executed in `jupyter notebook`, and the committed files as HTML."""
+"""The notebooks as their readers see them, in a real Chromium.
+
+Executed in `jupyter notebook`, and the committed files as HTML.
+"""
 
 import json
 import os
@@ -45,7 +48,10 @@ PARTS = {  # of nbconvert's default template, and of the one that passes on the 
     },
     "classic": {"cell": ".cell", "markdown": ".text_cell_render", "figure": ".output_subarea img"},
 }
-BADGE_SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="117" height="20"><rect width="117" height="20" fill="grey"/></svg>'
+BADGE_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="117" height="20">'
+    '<rect width="117" height="20" fill="grey"/></svg>'
+)
 
 
 def wait_for(condition, seconds, what, pause=time.sleep):
@@ -73,9 +79,11 @@ def browser():
 
 
 def open_page(browser):
-    """A tab 1,200 px wide that reaches this machine only, with MathJax from its Python package and a grey box for Colab's badge.
+    """A tab 1,200 px wide that reaches this machine only.
 
-    `page.problems` lists the exceptions that scripts of the page raised, and scripts of MathJax that are not in the package.
+    MathJax comes from its Python package, and a grey box stands for Colab's badge. `page.problems`
+    lists the exceptions that scripts of the page raised, and scripts of MathJax that are not in the
+    package.
     """
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.problems = []
@@ -108,7 +116,10 @@ def open_page(browser):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`jupyter notebook` on a copy of the notebooks without their outputs, with nobody's settings. Yields f(path): the address of `path`."""
+    """`jupyter notebook` on a copy of the notebooks without their outputs, with nobody's settings.
+
+    Yields f(path): the address of `path`.
+    """
     home = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "sde_utils", home / "root" / "sde_utils")
     for path in NOTEBOOKS:
@@ -159,7 +170,10 @@ def server(tmp_path_factory):
 
 
 def one_moves(page, figures):
-    """One figure is an animated PNG, and screenshots of it differ; those of another figure do not: it is not the page that moves."""
+    """One figure is an animated PNG, and screenshots of it differ.
+
+    Those of another figure do not: it is not the page that moves.
+    """
     animated = [f for f in figures if f.evaluate("i => atob(i.src.split(',')[1]).includes('acTL')")]
     return (
         len(animated) == 1
@@ -169,7 +183,10 @@ def one_moves(page, figures):
 
 
 def shows_two_pictures(page, image):
-    """Whether screenshots of one image, 0.4 s apart for 2 s (longer than the last frame is held), differ."""
+    """Whether screenshots of one image, 0.4 s apart for 2 s, differ.
+
+    2 s is longer than the last frame is held.
+    """
     image.scroll_into_view_if_needed()
     page.wait_for_timeout(1000)
     shots = set()
@@ -181,7 +198,10 @@ def shows_two_pictures(page, image):
 
 @each
 def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
-    """From the menu: every cell runs, none raises or warns, the figures are those of the committed file, one moves, the kernel ends idle."""
+    """From the menu: every cell runs, none raises or warns, and the kernel ends idle.
+
+    The figures are those of the committed file, and one moves.
+    """
     committed = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     page = open_page(browser)
     page.goto(server(f"notebooks/{path.name}"), timeout=60_000)
@@ -214,7 +234,8 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
     assert kernel() == ["idle"]
     assert prompts() == [f"[{i + 1}]:" for i in range(len(committed))]
     assert not page.query_selector_all(
-        '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
+        '[data-mime-type="application/vnd.jupyter.error"], '
+        '[data-mime-type="application/vnd.jupyter.stderr"]'
     )
 
     figures = page.query_selector_all(".jp-OutputArea-output img")
@@ -245,7 +266,10 @@ def formulas(notebook):
     ids=lambda p: f"{p[0].stem}-{p[1]}",
 )
 def html(browser, tmp_path_factory, request):
-    """The committed file through nbconvert, open in a tab, its formulas typeset. `page.parts` are selectors, `page.notebook` is the source."""
+    """The committed file through nbconvert, open in a tab, its formulas typeset.
+
+    `page.parts` are selectors, `page.notebook` is the source.
+    """
     path, template = request.param
     page = open_page(browser)
     page.parts, page.notebook = PARTS[template], nbformat.read(path, as_version=4)
@@ -266,7 +290,10 @@ def html(browser, tmp_path_factory, request):
 
 
 def test_html_typesets_every_formula(html):
-    """The formulas on the page are those of the source, each visible and without MathJax's error boxes; no TeX is left as plain text."""
+    """The formulas on the page are those of the source, and no TeX is left as plain text.
+
+    Each is visible and without MathJax's error boxes.
+    """
     source = [tex.strip() for tex in formulas(html.notebook)]
     typeset = html.evaluate(
         """MathJax.Hub.getAllJax().map(jax => {
@@ -286,7 +313,8 @@ def test_html_typesets_every_formula(html):
         html.parts["markdown"],
         """cells => cells.map(cell => {
              const copy = cell.cloneNode(true);
-             copy.querySelectorAll('.MathJax, .MathJax_Display, .MathJax_Preview, script, code').forEach(e => e.remove());
+             copy.querySelectorAll('.MathJax, .MathJax_Display, .MathJax_Preview, script, code')"""
+        """.forEach(e => e.remove());
              return copy.textContent;
            })""",
     )
@@ -295,7 +323,10 @@ def test_html_typesets_every_formula(html):
 
 
 def test_html_images_load_and_are_described(html):
-    """Every image has pixels, the animation moves, and figures have the alt text of their metadata, in the template that passes it on."""
+    """Every image has pixels, the animation moves, and figures have their metadata's alt text.
+
+    The alt text is there in the template that passes it on.
+    """
     outputs = [o for c in html.notebook.cells if c.cell_type == "code" for o in c.outputs]
     described = [
         o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {})
@@ -313,7 +344,10 @@ def test_html_images_load_and_are_described(html):
 
 
 def test_html_fits_1200_pixels(html):
-    """The page does not scroll sideways, no box on it does or cuts off its content, and no figure, table or formula ends right of its cell."""
+    """The page does not scroll sideways, and no box on it does or cuts off its content.
+
+    No figure, table or formula ends right of its cell.
+    """
     assert (
         html.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         <= 0
@@ -321,13 +355,17 @@ def test_html_fits_1200_pixels(html):
     narrow = html.eval_on_selector_all(
         f"{html.parts['cell']} *",
         """elements => elements.filter(e =>
-             e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible' && !e.closest('.MathJax, .MathJax_Display')
-           ).map(e => [e.className, e.scrollWidth, e.clientWidth, e.textContent.trim().slice(0, 100)])""",
+             e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible' """
+        """&& !e.closest('.MathJax, .MathJax_Display')
+           ).map(e => """
+        """[e.className, e.scrollWidth, e.clientWidth, e.textContent.trim().slice(0, 100)])""",
     )
     assert not narrow, narrow
     outside = html.eval_on_selector_all(
         html.parts["cell"],
-        """cells => cells.flatMap(cell => [...cell.querySelectorAll('img, table, .MathJax')].filter(e =>
-             e.getBoundingClientRect().right > cell.getBoundingClientRect().right + 1).map(e => e.outerHTML.slice(0, 200)))""",
+        """cells => cells.flatMap(cell => """
+        """[...cell.querySelectorAll('img, table, .MathJax')].filter(e =>
+             e.getBoundingClientRect().right > cell.getBoundingClientRect().right + 1)"""
+        """.map(e => e.outerHTML.slice(0, 200)))""",
     )
     assert not outside, outside

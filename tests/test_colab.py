@@ -1,6 +1,7 @@
-"""A notebook opened by its badge, where nothing of the repository is: the set-up cell fetches the package and leaves the rest as it is.
+"""A notebook opened by its badge, where nothing of the repository is.
 
-What is installed is the checkout's HEAD, as pip would get it from GitHub; changes that are not committed are not seen.
+The set-up cell fetches the package and leaves the rest as it is. What is installed is the
+checkout's HEAD, as pip would get it from GitHub; changes that are not committed are not seen.
 """
 
 import importlib.util
@@ -49,8 +50,9 @@ def git(*arguments):
 def colab(tmp_path, monkeypatch):
     """An environment as Colab has it. Returns its interpreter, which is also the kernel "python3".
 
-    All packages of the running environment are there, outside the new one so that pip cannot touch them, except this one. `google.colab` is an
-    empty package. git, under a configuration of its own, takes the checkout for the repository's address.
+    All packages of the running environment are there, outside the new one so that pip cannot touch
+    them, except this one. `google.colab` is an empty package. git, under a configuration of its
+    own, takes the checkout for the repository's address.
     """
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("needs git, and a checkout")
@@ -89,8 +91,14 @@ def colab(tmp_path, monkeypatch):
 
 
 def installed(python):
-    """The distributions inside the environment of `python` with their versions, as a set; not those that it only sees."""
-    code = "import importlib.metadata as m, json; print(json.dumps([[d.name, d.version, str(d.locate_file(''))] for d in m.distributions()]))"
+    """The distributions inside the environment of `python` with their versions, as a set.
+
+    Those that it only sees are left out.
+    """
+    code = (
+        "import importlib.metadata as m, json; print(json.dumps("
+        "[[d.name, d.version, str(d.locate_file(''))] for d in m.distributions()]))"
+    )
     found = json.loads(
         subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
     )
@@ -108,13 +116,19 @@ def installed(python):
     ids=[p.stem for p in NOTEBOOKS],
 )
 def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
-    """Every cell runs, the set-up cell twice. Added: `sde_utils` at the checkout's HEAD, by git. Not added or replaced: anything else."""
+    """Every cell runs, the set-up cell twice.
+
+    Added: `sde_utils` at the checkout's HEAD, by git. Not added or replaced: anything else.
+    """
     folder = tmp_path / "content"
     folder.mkdir()
     notebook = nbformat.read(path, as_version=4)
     again = nbformat.v4.new_code_cell(NO_PIP + setup_cell(notebook).source)
     notebook.cells.insert(notebook.cells.index(setup_cell(notebook)) + 1, again)
-    where = "import google.colab, numpy, torch\nprint(*[m.__file__ for m in (su, torch, numpy)], sep='\\n')"
+    where = (
+        "import google.colab, numpy, torch\n"
+        "print(*[m.__file__ for m in (su, torch, numpy)], sep='\\n')"
+    )
     notebook.cells.append(nbformat.v4.new_code_cell(where))
     nbformat.write(notebook, folder / path.name)
     before, head = installed(colab), git("rev-parse", "HEAD")

@@ -37,7 +37,9 @@ def guides(denoiser, y):
         "annealed": su.Annealed(denoiser, curved),
         "PiGDM": su.PiGDM(denoiser, linear, (2,)),
         "MMPS": su.MMPS(denoiser, curved, probes=4),
-        "MMPS, conjugate": su.MMPS(denoiser, su.Observation(lambda x: x, y.expand(2), 0.3), dense=1),
+        "MMPS, conjugate": su.MMPS(
+            denoiser, su.Observation(lambda x: x, y.expand(2), 0.3), dense=1
+        ),
     }
 
 
@@ -248,7 +250,9 @@ def test_compiled_denoisers_work_everywhere():
         plain, fast = (guides(d, torch.tensor([0.3])) for d in (net, compiled))
         z = torch.randn(20, 2, generator=g)
         for name in plain:
-            torch.testing.assert_close(fast[name](z, 0.7), plain[name](z, 0.7), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                fast[name](z, 0.7), plain[name](z, 0.7), rtol=1e-4, atol=1e-4
+            )
             found, expected = fast[name].look(z, 0.7), plain[name].look(z, 0.7)
             torch.testing.assert_close(found.log_p, expected.log_p, rtol=1e-4, atol=1e-4)
         particles = [

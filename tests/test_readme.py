@@ -1,4 +1,4 @@
-"""Every code block of the READMEs runs, both languages have the same, and what they link to is there."""
+"""Every code block of the READMEs runs, both languages have the same, and their links exist."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_ten_lines_run():
-    """The posterior's shares sum to one, and the evidence is that of weighted draws of the prior."""
+    """The posterior's shares sum to one; the evidence is that of weighted draws of the prior."""
     code = blocks(READMES[0])["python"]
     assert len(code.strip().splitlines()) == 10
     done = subprocess.run(
@@ -84,7 +84,10 @@ def evidence():
 
 @pytest.mark.slow
 def test_the_run_command_opens_the_notebooks(tmp_path):
-    """As it stands, in a fresh clone and a fresh environment; then the server answers and lists both notebooks."""
+    """As it stands, in a fresh clone and a fresh environment.
+
+    Then the server answers and lists both notebooks.
+    """
     subprocess.run(
         ["git", "-c", f"safe.directory={ROOT}", "clone", "-q", str(ROOT), str(tmp_path / "clone")],
         check=True,

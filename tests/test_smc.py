@@ -101,7 +101,10 @@ def test_error_falls_as_particles_grow_and_the_evidence_is_unbiased(two_modes):
 
 
 def test_exact_twist_gives_equal_weights():
-    """N(0, 1) and MMPS: the twist is p(y | z) itself, and only the chain's finite steps keep the weights from being equal."""
+    """N(0, 1) and MMPS: the twist is p(y | z) itself.
+
+    Only the chain's finite steps keep the weights from being equal.
+    """
     sde = SDES["ve"]
     particles = twisted_smc(
         sde, MMPS(gaussian(), OBS), start(sde, 2000, 4), steps=400, generator=rng(5)
@@ -215,7 +218,7 @@ def test_steps_have_the_reverse_process_covariance():
 
 @pytest.mark.slow
 def test_calibration_tells_smc_from_dps(two_modes):
-    """Ranks of the truth among 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square)."""
+    """Ranks of the truth in 19 draws, 300 problems: uniform for SMC, not for DPS (chi-square)."""
     n, draws, sde, g = 300, 19, SDES["ve"], rng(40)
     truth = two_modes.sample(n, g)
     noise = 0.2
