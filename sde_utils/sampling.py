@@ -57,7 +57,8 @@ def karras_times(
     first = [1.0] if high * size < top * (1 - 1e-9) else []
     a, b, k = min(high * size, top) ** (1 / rho), bottom ** (1 / rho), n - len(first)
     levels = [(a + i / (k - 1) * (b - a)) ** rho for i in range(k)] if k > 1 else [b**rho] * k
-    return first + [float(sde.time(min(level, top))) for level in levels]
+    times = first + [float(sde.time(min(level, top))) for level in levels]
+    return [1.0, *times[1:]]  # time(σ(1)) may be one up to rounding only
 
 
 def check_times(sde: SDE, times: Times) -> list[float]:
@@ -102,7 +103,6 @@ def check_run(
     check_sde(sde)
     check.batch("x", x)
     check.generator(generator)
-    check.function("denoiser", denoiser, "a function D(z, sigma)")
     times = check_times(sde, times)
     check_start(sde, denoiser, x, times[0])
     if callable(door := getattr(denoiser, "check", None)):  # a guided denoiser has its own

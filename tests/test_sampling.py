@@ -409,3 +409,13 @@ def test_the_slope_of_the_likelihood_is_not_half_a_score():
     """What is detached along the path is detached at its end: no gradient, not a wrong one."""
     x = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
     assert not log_likelihood(VESDE(), gaussian(), x, steps=4).requires_grad
+
+
+def test_karras_times_begin_at_one_wherever_they_begin():
+    """σ(1) below, at and above high; one time alone is 1."""
+    for sde in (VESDE(0.01, 12.0), VESDE(0.01, 20.0), VESDE(), VPSDE()):
+        for n in (1, 2, 5):
+            times = karras_times(sde, n)
+            assert times[0] == 1.0
+            assert len(times) == n
+            assert all(t > s for t, s in pairwise(times))

@@ -249,3 +249,19 @@ def test_calibration_tells_smc_from_dps(two_modes):
         calibration_ranks(truth, x)
     with pytest.raises(ValueError, match="level"):
         coverage(truth[:, 0], x, 1.0)
+
+
+class Bare:
+    """Whatever has `look` and `obs`: no denoiser, and not to be called."""
+
+    def __init__(self, guided):
+        self.look, self.obs = guided.look, guided.obs
+
+
+def test_whatever_looks_and_has_an_observation_is_taken(two_modes):
+    guided, x = MMPS(two_modes, OBS), start(SDES["ve"], 200, 7)
+    times = karras_times(SDES["ve"], 30)
+    whole, bare = (
+        twisted_smc(SDES["ve"], g, x, times=times, generator=rng(8)) for g in (guided, Bare(guided))
+    )
+    assert torch.equal(whole.x, bare.x)
