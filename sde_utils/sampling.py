@@ -76,7 +76,8 @@ def check_times(sde: SDE, times: Times) -> list[float]:
 
 def check_start(sde: SDE, denoiser: Denoise, x: Tensor, t: float) -> None:
     """Warn of noise that is far from r σ, and of σ(1) that is not far above the data's size."""
-    r, sigma, size = float(sde.scale(t)), float(sde.sigma(t)), float(x.square().mean().sqrt())
+    r, sigma = float(sde.scale(t)), float(sde.sigma(t))
+    size = float(x.float().square().mean().sqrt())
     data = getattr(denoiser, "sigma_data", 0.0)
     if x.numel() >= 16 and (size < 0.3 * r * sigma or (t == 1 and size > 3 * r * (sigma + data))):
         warnings.warn(
@@ -172,11 +173,12 @@ def cause(sde: SDE, denoiser: Denoise, x: Tensor, t: float, corrector: Corrector
     """Why a step from x at t left the finite numbers, by one more call."""
     z, sigma = x / float(sde.scale(t)), float(sde.sigma(t))
     stiff = "the denoiser's guidance is too stiff for steps like this"
+    causes = f"the corrector's moves are too large, or {stiff}" if corrector else stiff
     if z.abs().max() > 1e6 * sigma:
-        return f"x had run away before; {stiff}"
+        return f"x had run away before; {causes}"
     if not call(denoiser, z, sigma).isfinite().all():
         return f"the denoiser is not finite there (or its σ² is too large for {x.dtype})"
-    return f"the corrector's moves are too large, or {stiff}" if corrector else stiff
+    return causes
 
 
 def finish(denoiser: Denoise, z: Tensor, sigma: float, w: float) -> Tensor:

@@ -186,6 +186,8 @@ ROWS = {
     "NaN later": (lambda: sample(nan_below_half, steps=20),
         F, r"step \d+, t = .*the denoiser is not"),
     "the corrector's NaN": (lambda: sample(corrector=broken), F, "step 1, t = 1.*corrector"),
+    "Langevin's moves": (lambda: sample(corrector=su.Langevin(snr=10.0), steps=100), F,
+        "corrector's moves are too large"),
     "Langevin's snr": (lambda: su.Langevin(snr=0.0), V, "snr must lie in"),
     "Langevin's steps": (lambda: su.Langevin(steps=0), V, "steps must lie in"),
     "s above t": (lambda: su.ancestral(VP, MIX, X, 0.2, 0.5),
