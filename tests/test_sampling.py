@@ -419,3 +419,15 @@ def test_karras_times_begin_at_one_wherever_they_begin():
             assert times[0] == 1.0
             assert len(times) == n
             assert all(t > s for t, s in pairwise(times))
+
+
+@pytest.mark.parametrize("probes", [None, 3])
+def test_likelihood_of_a_gaussian_is_exact_however_low_the_prior(probes):
+    """N(0.7, 0.5 I) in two dimensions: D is linear, and the wide Gaussian at σ(1) = 2 is exact.
+
+    J is a multiple of I, so that Rademacher traces are exact, too, for any number of them.
+    """
+    mix, sde = gaussian(0.7, 0.5, dim=2), VESDE(0.01, 2.0)
+    x = mix.sample(20, rng(21))
+    found = log_likelihood(sde, mix, x, steps=60, probes=probes, generator=rng(22))
+    torch.testing.assert_close(found, mix.log_prob(x, 0.01), rtol=0, atol=1e-6)
