@@ -56,17 +56,27 @@ def randn_like(x: Tensor, generator: Random = None) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
+def several_products() -> contextlib.AbstractContextManager:
+    """A compiled network's graph serves several products if it is compiled, both ways, in here."""
+    known = hasattr(config, "donated_buffer")  # not in torch 2.4
+    return config.patch(donated_buffer=False) if known else contextlib.nullcontext()
+
+
 def differentiable(denoiser: Denoise, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of z, and D(z, σ) with the graph between them, whatever mode the caller is in."""
-    known = hasattr(config, "donated_buffer")  # a compiled graph is to serve several products
-    kept = config.patch(donated_buffer=False) if known else contextlib.nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), kept:
+    with torch.inference_mode(False), torch.enable_grad(), several_products():
         z = z.detach().clone().requires_grad_()
         x0_hat = denoiser(z, sigma)
     check.denoised(x0_hat, z)
     message = "denoiser must have a graph: not under torch.no_grad, not a guided denoiser"
     check.require(x0_hat.requires_grad, f"{message} (two observations go into one Observation)")
     return z, x0_hat
+
+
+def product(x0_hat: Tensor, z: Tensor, v: Tensor, last: bool = False) -> Tensor:
+    """Jᵀ v, J = ∂x̂/∂z, like z. After the `last` the graph is gone."""
+    with several_products():
+        return torch.autograd.grad(x0_hat, z, v, retain_graph=not last)[0]
 
 
 def conjugate_gradient(apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:

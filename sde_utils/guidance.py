@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._numerics import Denoise, Predictor, Random, conjugate_gradient, differentiable
+from ._numerics import Denoise, Predictor, Random, conjugate_gradient, differentiable, product
 from .guided import Guided, Isotropic, Spectral, Tangent
 from .observation import Observation
 from .sde import SDE
@@ -125,11 +125,11 @@ class MMPS(Guided):
 
     def covariance(self, at: Tangent) -> Spectral:
         h, g = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in at.rows)
-        product = at.levels[:, None, None].to(g) ** 2 * g @ h.mT
+        spread = at.levels[:, None, None].to(g) ** 2 * g @ h.mT
         if self.probes:
             q = self.bend(at).to(g)
-            product = product + q.mT @ q / self.probes
-        values, basis = torch.linalg.eigh((product + product.mT) / 2)
+            spread = spread + q.mT @ q / self.probes
+        values, basis = torch.linalg.eigh((spread + spread.mT) / 2)
         return Spectral(at.noise + values.clamp(min=0), basis, live=values > 0)
 
     def weights(self, at: Tangent) -> Tensor:
@@ -172,14 +172,16 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     ) -> Tensor:
         r, sigma = float(sde.scale(t)), x.new_full((), float(sde.sigma(t)))
         z, x0_hat = differentiable(denoiser, x / r, sigma)
+        point = x0_hat.detach().requires_grad_()
         with torch.enable_grad():
-            norm = obs.residual(x0_hat).norm(dim=1).sum()
-        (gradient,) = torch.autograd.grad(norm, z)  # ∇|r|² / |r| = 2 ∇|r|, and ∇_x = ∇_z / r
+            norm = obs.residual(point.clone()).norm(dim=1).sum()
+        gradient = product(x0_hat, z, torch.autograd.grad(norm, point)[0], last=True)
         known = [x0_hat.detach()]
 
         def told(z: Tensor, sigma: Tensor) -> Tensor:
             return known.pop() if known else denoiser(z, sigma)  # the first call has been made
 
-        return predictor(sde, told, x, t, s, generator) - 2 * zeta / r * gradient
+        x_s = predictor(sde, told, x, t, s, generator)
+        return x_s - 2 * zeta / r * gradient  # ∇|r|² / |r| = 2 ∇|r|, and ∇_x = ∇_z / r
 
     return step

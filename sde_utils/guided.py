@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._numerics import Denoise, as_level, differentiable, expand
+from ._numerics import Denoise, as_level, differentiable, expand, product
 from .observation import Observation
 
 
@@ -35,7 +35,7 @@ class Tangent:
 
     def J(self, v: Tensor, last: bool = False) -> Tensor:
         """J v, (B, *dims). J is symmetric: σ² J is a covariance. After the `last` no other."""
-        return torch.autograd.grad(self._x0_hat, self.z, v, retain_graph=not last)[0]
+        return product(self._x0_hat, self.z, v, last)
 
     def Ht(self, u: Tensor) -> Tensor:
         """Hᵀ u, (B, m) -> (B, *dims)."""

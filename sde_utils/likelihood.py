@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import _check as check
-from ._numerics import Denoise, Random, differentiable, expand, randn_like
+from ._numerics import Denoise, Random, differentiable, expand, product, randn_like
 from .sde import SDE, check_sde
 
 
@@ -28,8 +28,7 @@ def traced(denoiser: Denoise, z: Tensor, sigma: float, vectors: Tensor) -> tuple
     z, x0_hat = differentiable(denoiser, z, z.new_full((), sigma))
     trace = torch.full((len(z),), float(z[0].numel()), dtype=z.dtype, device=z.device)
     for v in vectors:
-        (product,) = torch.autograd.grad(x0_hat, z, v.expand_as(z), retain_graph=True)
-        trace = trace - (product * v).flatten(1).sum(1)
+        trace = trace - (product(x0_hat, z, v.expand_as(z)) * v).flatten(1).sum(1)
     return (z - x0_hat).detach(), trace
 
 
