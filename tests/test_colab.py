@@ -4,7 +4,7 @@ The set-up cell fetches the package and leaves the rest as it is. What is instal
 checkout's HEAD, as pip would get it from GitHub; changes that are not committed are not seen.
 """
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -63,7 +63,9 @@ def colab(tmp_path, monkeypatch):
             ours = "sde_utils" in entry.name or entry.suffix in (".pth", ".egg-link")
             if not ours and not (preinstalled / entry.name).exists():
                 (preinstalled / entry.name).symlink_to(entry)
-    venv.create(tmp_path / "venv", with_pip=importlib.util.find_spec("pip") is None)
+    # not find_spec: it would tell setuptools' import hook that pip is about to run here
+    pip = any(importlib.metadata.distributions(name="pip"))
+    venv.create(tmp_path / "venv", with_pip=not pip)
     scheme = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
     packages = Path(
         sysconfig.get_path(
