@@ -2,14 +2,16 @@
 
 from .digits import load_denoiser, load_pretrained, mnist, save_denoiser
 from .exact import GaussianMixture, IsotropicMixture, weighted_posterior
+from .gibbs import SplitGibbs, reverse_chain, tempered_smc
 from .guidance import DPS, MMPS, Annealed, PiGDM, dps_step
 from .guided import Guidance, Guided, Isotropic, Spectral
 from .likelihood import log_likelihood
-from .metrics import calibration_ranks, central_interval, coverage, frechet_distance
-from .metrics import psnr, sliced_wasserstein, total_variation
+from .metrics import calibration_ranks, central_interval, coverage, ecdf_band
+from .metrics import frechet_distance, psnr, sliced_wasserstein, total_variation
 from .networks import MLP, Denoiser, UNet
 from .observation import Observation
-from .predictors import Langevin, ancestral, euler, euler_maruyama, heun, multistep
+from .predictors import Langevin, ancestral, euler, euler_maruyama, heun, moment_matched
+from .predictors import multistep
 from .roll import roll_mass, swiss_roll, swiss_roll_curve, swiss_roll_density
 from .roll import swiss_roll_parameter, swiss_roll_scaling
 from .sampling import karras_times, sample, uniform_times

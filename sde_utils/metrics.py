@@ -74,6 +74,39 @@ def calibration_ranks(truth: Tensor, draws: Tensor) -> Tensor:
     return (draws < truth[:, None]).sum(1)
 
 
+def ecdf_band(
+    n: int, draws: int, level: float = 0.95, simulations: int = 10_000, generator: Random = None
+) -> tuple[Tensor, Tensor]:
+    """Where the empirical distribution function of n `calibration_ranks` has to stay.
+
+    With probability `level` low_j <= share of ranks <= j  is  <= high_j at all j = 0..draws - 1,
+    if ranks are uniform on 0..draws. At each j the count is binomial; all intervals leave out the
+    same tail probability, found by simulation.
+
+    Args: n: number of ranks. draws: L, the largest rank.
+    Returns: low and high, (draws,) each, float64 on the CPU.
+    Source: Säilynoja, Bürkner & Vehtari 2022 (arXiv 2103.10522), section 2.2.
+    """
+    n, draws = check.count("n", n, most=10**5), check.count("draws", draws, most=10**4)
+    level = check.number("level", level, 0, 1)
+    simulations = check.count("simulations", simulations, 100)
+    check.generator(generator)
+    device = "cpu" if generator is None else generator.device
+    k = torch.arange(n + 1, dtype=torch.float64, device="cpu")
+    z = torch.arange(1, draws + 1, dtype=torch.float64, device="cpu")[:, None] / (draws + 1)
+    choose = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    chance = (choose + k * z.log() + (n - k) * (-z).log1p()).exp()  # binomial, (draws, n + 1)
+    tail = 2 * torch.minimum(chance.cumsum(1), chance.flip(1).cumsum(1).flip(1))
+    least = []
+    for _ in range(simulations):
+        ranks = torch.randint(draws + 1, (n,), generator=generator, device=device).cpu()
+        counts = ranks.bincount(minlength=draws + 1).cumsum(0)[:-1, None]
+        least.append(tail.gather(1, counts).min())
+    inside = tail >= torch.stack(least).sort()[0][int((1 - level) * simulations)]
+    low, high = inside.int().argmax(1), n - inside.flip(1).int().argmax(1)
+    return low / n, high / n
+
+
 def central_interval(draws: Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
     """Ends of the interval that holds a further, exchangeable draw with probability `level`.
 

@@ -28,6 +28,12 @@ def uniform_times(n: int) -> list[float]:
     return [1 - i / n for i in range(n)]
 
 
+def karras_levels(top: float, bottom: float, n: int, rho: float = 7.0) -> list[float]:
+    r"""σ_i = (a^{1/ρ} + i/(n-1) (b^{1/ρ} - a^{1/ρ}))^ρ, a = top, b = bottom; b alone if n is 1."""
+    a, b = top ** (1 / rho), bottom ** (1 / rho)
+    return [(a + i / (n - 1) * (b - a)) ** rho for i in range(n)] if n > 1 else [bottom] * n
+
+
 def karras_times(
     sde: SDE,
     n: int,
@@ -55,8 +61,7 @@ def karras_times(
     found = f"σ from {bottom:g} to {min(high * size, top):g}"
     check.require(bottom < min(high * size, top), f"low must be below high and σ(1), got {found}")
     first = [1.0] if high * size < top * (1 - 1e-9) else []
-    a, b, k = min(high * size, top) ** (1 / rho), bottom ** (1 / rho), n - len(first)
-    levels = [(a + i / (k - 1) * (b - a)) ** rho for i in range(k)] if k > 1 else [b**rho] * k
+    levels = karras_levels(min(high * size, top), bottom, n - len(first), rho)
     times = first + [float(sde.time(min(level, top))) for level in levels]
     return [1.0, *times[1:]]  # time(σ(1)) may be one up to rounding only
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _check as check
 from ._numerics import Random, Times, randn_like
 from .guided import Guidance, Guided
+from .predictors import reverse_moments
 from .sampling import check_run, karras_times
 from .sde import SDE
 
@@ -22,14 +23,15 @@ class Particles:
     """Weighted draws from p(x_0 | y).
 
     x: (n, *dims). log_weights: (n,), exp of them sums to 1. ess: effective sample size before each
-    step and at the end. log_evidence: estimate of log p(y), a scalar. The last three are on the CPU
-    in float64.
+    step, and at the end. log_evidence: estimate of log p(y), a scalar. The last three are on the
+    CPU in float64. ancestors: (n,), from which of the first particles each one comes.
     """
 
     x: Tensor
     log_weights: Tensor
     ess: Tensor
     log_evidence: Tensor
+    ancestors: Tensor
 
     def resample(self, n: int, generator: Random = None) -> Tensor:
         """n unweighted draws, (n, *dims), by systematic resampling."""
@@ -94,10 +96,10 @@ def twisted_smc(
 
     Given z at σ_t, the reverse process has at σ_s the mean m and about the covariance L²,
 
-        m = q z + (1 - q) D,   L = ν I + β J,   q = (σ_s/σ_t)²,   ν² = σ_s² (1 - q),
+        m = q z + (1 - q) D,   L = ν I + β J,
 
-    J = ∂D/∂z and β such that L² is right at J = 0 and at J = I; ancestral sampling keeps ν alone.
-    A step draws n ~ N(0, I) and goes to m + L (n + a), a = (1 - q) (D_y - D) / ν. Its weight is
+    q, ν, β as in `predictors.reverse_moments`; ancestral sampling keeps ν alone. A step draws
+    n ~ N(0, I) and goes to m + L (n + a), a = (1 - q) (D_y - D) / ν. Its weight is
 
         p̃(y | z_s) / p̃(y | z_t) exp(-a·n - |a|²/2),   p̃ the method's p(y | z),
 
@@ -114,8 +116,7 @@ def twisted_smc(
         resample_below: resample where the effective size falls below this share of n; 0: never.
     Raises as `sample` does, `FloatingPointError` if all weights vanish or are NaN; warns if fewer
     than one in twenty particles was left.
-    Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1; the covariance is that of Bao et al.
-    2022 (arXiv 2206.07309) in Tweedie's form, Cov[x_0 | z] = σ² J; its root L is ours.
+    Source: Wu et al. 2023 (arXiv 2306.17775), algorithm 1, with L in the place of ν I.
     """
     times = check_particles(sde, guided, x, steps, times, generator)
     threshold = check.number("resample_below", resample_below, 0, 1, "[]") * len(x)
@@ -123,11 +124,13 @@ def twisted_smc(
     now = guided.look(z, levels[0])._replace(shift=torch.zeros_like(z), log_p=z.new_zeros(len(z)))
     log_w = torch.zeros(len(z), dtype=torch.float64, device="cpu")
     log_evidence, sizes = log_w.new_zeros(()), []
+    ancestors = torch.arange(len(z), device="cpu")
     for sigma_t, sigma_s in pairwise(levels):
         sizes.append(effective(log_w))
         if sizes[-1] < threshold:
             log_evidence = log_evidence + log_mean(log_w)
-            z = z[systematic(log_w, len(z), generator).to(z.device)]
+            index = systematic(log_w, len(z), generator)
+            z, ancestors = z[index.to(z.device)], ancestors[index]
             now, log_w = guided.look(z, sigma_t), torch.zeros_like(log_w)
         z, log_ratio = propose(now, z, sigma_t, sigma_s, generator)
         new = guided.look(z, sigma_s)
@@ -136,20 +139,24 @@ def twisted_smc(
     last = guided.obs.log_likelihood(now.x0_hat) - now.log_p
     log_w = log_w + last.cpu().double()
     ess = torch.stack([*sizes, effective(log_w)])
-    if ess.min() < len(x) / 20:
-        found = f"particles collapsed: {float(ess.min()):.1f} effective of {len(x)}"
-        remedy = "take more of them, more steps, or a twist of the right width"
-        warnings.warn(f"{found}; shares and evidence are guesses: {remedy}", stacklevel=3)
-    return Particles(now.x0_hat, log_w.log_softmax(0), ess, log_evidence + log_mean(log_w))
+    warn_of_collapse(ess, len(x), "more steps, or a twist of the right width")
+    log_evidence = log_evidence + log_mean(log_w)
+    return Particles(now.x0_hat, log_w.log_softmax(0), ess, log_evidence, ancestors)
+
+
+def warn_of_collapse(ess: Tensor, n: int, remedy: str) -> None:
+    """Where fewer than one in twenty of n particles was left."""
+    if ess.min() < n / 20:
+        found = f"particles collapsed: {float(ess.min()):.1f} effective of {n}"
+        advice = f"shares and evidence are guesses: take more of them, {remedy}"
+        warnings.warn(f"{found}; {advice}", stacklevel=4)
 
 
 def propose(
     now: Guidance, z: Tensor, sigma_t: float, sigma_s: float, generator: Random
 ) -> tuple[Tensor, Tensor]:
     """z_s by the guided step, and -a·n - |a|²/2, log of unguided over guided density, (n,)."""
-    q = (sigma_s / sigma_t) ** 2
-    nu = sigma_s * math.sqrt(1 - q)
-    beta = math.hypot(nu, (1 - q) * sigma_t) - nu
+    q, nu, beta = reverse_moments(sigma_t, sigma_s)
     a, noise = (1 - q) / nu * now.shift, randn_like(z, generator)
     move = nu * (noise + a) + beta * now.J(noise + a)
     return q * z + (1 - q) * now.x0_hat + move, -(a * (noise + a / 2)).flatten(1).sum(1)

@@ -1,0 +1,181 @@
+r"""Posteriors by the plain, unguided sampler, for linear A: split Gibbs at a finite noise level.
+
+With A = U diag(s) Vᵀ, c = Vᵀx and e = Uᵀy, and a noise level ρ, the tempered posterior is
+
+    π_ρ(x) ∝ p(x) Π_i N(e_i; s_i c_i, v_i),   v_i = max(σ_y², ρ² s_i²),
+
+the prior for large ρ, and p(x | y) itself from ρ* = σ_y / max s downward. Let z = x + ρ ε, and let
+ρ ε be part of the noise that A sees: e = s Vᵀz + n, n_i ~ N(0, v_i - ρ² s_i²). That is the same law
+of (x, y), so that draws of z given (x, y) and of x given z in turn leave π_ρ alone. The first is a
+Gaussian's, the second is what a diffusion model is for: its reverse process from σ = ρ, without y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from ._numerics import Denoise, Predictor, Random, randn_like
+from .observation import Observation
+from .predictors import moment_matched
+from .sampling import check_run, karras_levels, karras_times, sample
+from .sde import SDE, check_sde
+from .smc import Particles, effective, log_mean, systematic, warn_of_collapse
+
+Chain = Callable[[Tensor, float, Random], Tensor]  # (z, ρ, generator) -> x, a draw of x_0 given z
+
+
+def reverse_chain(
+    sde: SDE, denoiser: Denoise, steps: int = 8, predictor: Predictor = moment_matched
+) -> Chain:
+    r"""x_0 given x_0 + ρ ε = z, by the reverse process at `steps` noise levels from ρ downward.
+
+    Levels as Karras et al.'s (2022, eq. 5), to the least of ρ / 10 and a hundredth of the data's
+    size, or to σ(0). With `moment_matched` 2 steps - 1 network calls.
+    """
+    check_sde(sde)
+    steps = check.count("steps", steps, 2)
+    size = getattr(denoiser, "sigma_data", 1.0)
+
+    def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
+        low = max(min(rho / 10, size / 100), float(sde.sigma(0.0)))
+        check.require(low < rho, f"rho must exceed σ(0) = {low:g}, got {rho:g}")
+        times = [float(sde.time(level)) for level in karras_levels(rho, low, steps)]
+        x = z * float(sde.scale(times[0]))
+        return sample(sde, denoiser, x, times=times, predictor=predictor, generator=generator)
+
+    return chain
+
+
+@dataclass(frozen=True, eq=False)
+class SplitGibbs:
+    r"""The kernel: z given x and y in closed form, x given z by a chain that never sees y.
+
+        z' = x + ρ n,   e' = s Vᵀz' + sqrt(v - ρ² s²) n',   z = z' + V ((ρ² s / v) (e - e')).
+
+    Args:
+        obs: one observation; its operator is linear, else `ValueError`.
+        shape: of one x_0, dims.
+        chain: (z, ρ, generator) -> x, as from `reverse_chain`.
+    A costs one singular value decomposition, O(d m²), and O(d min(d, m)) numbers.
+    Source: the coupling below ρ* is that of Kawar et al. 2021 (arXiv 2105.14951); split Gibbs with
+    y independent of ρ ε, so exact for ρ -> 0 only, of Wu et al. 2024 (arXiv 2405.18782).
+    """
+
+    obs: Observation
+    shape: Sequence[int]
+    chain: Chain
+
+    def __post_init__(self) -> None:
+        check.function("chain", self.chain, "a function (z, rho, generator) -> x")
+        matrix = self.obs.matrix(self.shape)
+        self.obs.check_single(torch.zeros(1, *self.shape, dtype=self.obs.y.dtype))
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        check.require(s[0] > 0, "operator must not be 0 everywhere")
+        y = self.obs.y.detach().cpu().double().reshape(-1)
+        vars(self).update(s=s, vh=vh, e=y @ u, outside=float((y - u @ (u.T @ y)).square().sum()))
+
+    @cached_property
+    def rho(self) -> float:
+        """ρ* = σ_y / max s: from here downward π_ρ is the posterior."""
+        return self.obs.noise_std / float(self.s[0])
+
+    def log_likelihood(self, x: Tensor, rho: float) -> Tensor:
+        """log N(y; A x, S_ρ), S_ρ with the eigenvalues v_i and σ_y², (n,), float64, CPU."""
+        noise = self.obs.noise_std**2
+        v = (rho * self.s).square().clamp(min=noise)
+        residual = self.e - self.s * (x.flatten(1) @ self.vh.T.to(x)).cpu().double()
+        extra = self.obs.y.numel() - len(self.s)
+        constant = (2 * math.pi * v).log().sum() + extra * math.log(2 * math.pi * noise)
+        return -(residual.square() / v).sum(1) / 2 - (constant + self.outside / noise) / 2
+
+    def couple(self, x: Tensor, rho: float, generator: Random = None) -> Tensor:
+        """z given x and y, (n, *dims)."""
+        s, vh, e = (a.to(x) for a in (self.s, self.vh, self.e))
+        spread = (rho * s).square()
+        v = spread.clamp(min=self.obs.noise_std**2)
+        z = (x + rho * randn_like(x, generator)).flatten(1)
+        seen = s * (z @ vh.T)
+        seen = seen + (v - spread).sqrt() * randn_like(seen, generator)
+        return (z + (rho**2 * s / v * (e - seen)) @ vh).reshape(x.shape)
+
+    def __call__(self, x: Tensor, rho: float | None = None, generator: Random = None) -> Tensor:
+        """One sweep at ρ, ρ* if None: π_ρ stays π_ρ.   Args: x: (n, *dims)."""
+        rho = self.rho if rho is None else check.number("rho", rho)
+        return self.chain(self.couple(x, rho, generator), rho, generator)
+
+    def next_level(self, x: Tensor, now: Tensor, rho: float, least: float) -> float:
+        """The lowest level from ρ* to ρ at which as many particles as `least` stay effective."""
+        low = high = self.rho
+        while high < rho and self.left(x, now, high) < least:
+            low, high = high, 2 * high
+        high = min(high, rho)
+        for _ in range(30 if high > low else 0):
+            middle = math.sqrt(low * high)
+            enough = self.left(x, now, middle) >= least
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    def left(self, x: Tensor, now: Tensor, rho: float) -> float:
+        """Effective sample size after a move of the level to ρ."""
+        return float(effective(self.log_likelihood(x, rho) - now))
+
+
+@torch.no_grad()
+def tempered_smc(
+    sde: SDE,
+    denoiser: Denoise,
+    obs: Observation,
+    x: Tensor,
+    *,
+    steps: int = 8,
+    sweeps: int = 1,
+    final: int = 10,
+    keep: float = 0.7,
+    chain: Chain | None = None,
+    generator: Random = None,
+) -> Particles:
+    r"""Particles for p(x_0 | y), A linear: prior draws, led through π_ρ down to ρ*.
+
+    From one level to the next a particle weighs N(y; A x, S_ρ') / N(y; A x, S_ρ): the prior
+    cancels, and no network is asked. All are resampled, and moved by `sweeps` sweeps of
+    `SplitGibbs` at the new level, by `final` more at ρ*. Levels are chosen so that the effective
+    size is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
+
+    Args:
+        denoiser: D(z, σ); no derivative of it is taken.
+        x: (n, *dims), as from `sde.prior`; it becomes draws of the prior by 3 `steps` levels.
+        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None.
+        sweeps, final: at least 1, at least 0.   keep: in (0, 1).
+    Returns: particles of equal weight.
+    Raises as `sample` and `SplitGibbs` do; warns of a collapse as `twisted_smc` does.
+    Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, section 3, for the sampler.
+    """
+    sweeps, final = check.count("sweeps", sweeps), check.count("final", final, 0)
+    keep, size = check.number("keep", keep, 0, 1), getattr(denoiser, "sigma_data", 1.0)
+    times = check_run(sde, denoiser, x, karras_times(sde, 3 * steps, size), generator)
+    chain = reverse_chain(sde, denoiser, steps) if chain is None else chain
+    kernel = SplitGibbs(obs, x.shape[1:], chain)
+    x = sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)
+    n, rho, sizes, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
+    now = torch.zeros(n, dtype=torch.float64, device="cpu")
+    log_evidence = now.new_zeros(())
+    while rho > kernel.rho:
+        rho = kernel.next_level(x, now, rho, keep * n)
+        log_w = kernel.log_likelihood(x, rho) - now
+        log_evidence = log_evidence + log_mean(log_w)
+        sizes.append(effective(log_w))
+        index = systematic(log_w, n, generator)
+        x, ancestors = x[index.to(x.device)], ancestors[index]
+        for _ in range(sweeps if rho > kernel.rho else sweeps + final):
+            x = kernel(x, rho, generator)
+        now = kernel.log_likelihood(x, rho)
+    ess = torch.stack(sizes)
+    warn_of_collapse(ess, n, "or more sweeps")
+    return Particles(x, torch.full_like(now, -math.log(n)), ess, log_evidence, ancestors)
