@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -71,6 +71,10 @@ class SplitGibbs:
     obs: Observation
     shape: Sequence[int]
     chain: Chain
+    s: Tensor = field(init=False)  # (k,), k = min(m, d)
+    vh: Tensor = field(init=False)  # Vᵀ, (k, d)
+    e: Tensor = field(init=False)  # (k,)
+    outside: float = field(init=False)  # |y - U e|²
 
     def __post_init__(self) -> None:
         check.function("chain", self.chain, "a function (z, rho, generator) -> x")
@@ -160,8 +164,10 @@ def tempered_smc(
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final, 0)
     keep, size = check.number("keep", keep, 0, 1), getattr(denoiser, "sigma_data", 1.0)
     times = check_run(sde, denoiser, x, karras_times(sde, 3 * steps, size), generator)
-    chain = reverse_chain(sde, denoiser, steps) if chain is None else chain
-    kernel = SplitGibbs(obs, x.shape[1:], chain)
+    kernel = SplitGibbs(obs, x.shape[1:], chain or reverse_chain(sde, denoiser, steps))
+    least = float(sde.sigma(0.0))
+    found = f"σ_y / |A| = {kernel.rho:g}, σ(0) = {least:g}"
+    check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
     x = sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)
     n, rho, sizes, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
     now = torch.zeros(n, dtype=torch.float64, device="cpu")

@@ -85,7 +85,7 @@ def ecdf_band(
 
     Args: n: number of ranks. draws: L, the largest rank.
     Returns: low and high, (draws,) each, float64 on the CPU.
-    Source: Säilynoja, Bürkner & Vehtari 2022 (arXiv 2103.10522), section 2.2.
+    Source: Säilynoja, Bürkner & Vehtari 2022 (arXiv 2103.10522), their method by simulation.
     """
     n, draws = check.count("n", n, most=10**5), check.count("draws", draws, most=10**4)
     level = check.number("level", level, 0, 1)

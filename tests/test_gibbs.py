@@ -197,6 +197,7 @@ def test_the_chain_draws_x_given_z(rho):
         (su.Observation(lambda x: x[:, :1] ** 2, torch.zeros(1), 0.1), "linear"),
         (su.Observation(lambda x: x[:, :1], torch.zeros(50, 1), 0.1), "one observation"),
         (su.Observation(lambda x: 0 * x, torch.zeros(2), 0.1), "0 everywhere"),
+        (su.Observation(lambda x: x, torch.zeros(2), 0.01), "begins lower"),
     ],
 )
 def test_what_it_cannot_do_is_refused(obs, message):
@@ -207,7 +208,7 @@ def test_what_it_cannot_do_is_refused(obs, message):
 
 def test_a_collapse_is_told(roll):
     """An observation no particle is near: far outside of the roll."""
-    obs = su.Observation(lambda x: x, torch.tensor([9.0, 9.0], dtype=torch.float64), 0.01)
+    obs = su.Observation(lambda x: x, torch.tensor([9.0, 9.0], dtype=torch.float64), 0.02)
     x = SDES["ve"].prior((40, 2), dtype=torch.float64, generator=rng(11))
     with pytest.warns(UserWarning, match="collapsed"):
         su.tempered_smc(SDES["ve"], roll, obs, x, keep=0.01, final=0, generator=rng(12))
