@@ -26,6 +26,7 @@ class Counter:
 
     def __init__(self, denoiser: Denoise) -> None:
         self.denoiser, self.calls = denoiser, 0
+        self.sigma_data = getattr(denoiser, "sigma_data", 1.0)
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
         self.calls += 1

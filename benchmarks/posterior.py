@@ -96,12 +96,17 @@ def sde_utils() -> dict[str, Posterior]:
         particles = su.twisted_smc(sde, twist, HIGH * noise, times=su.uniform_times(calls))
         return particles.resample(len(noise))
 
+    def tempered(problem: Problem, calls: int, noise: Tensor) -> Tensor:
+        obs = problem.observation
+        return su.tempered_smc(sde, problem.denoiser, obs, HIGH * noise).resample(len(noise))
+
     return {
         "sde_utils: DPS": partial(guided, kind=su.DPS),
         "sde_utils: DPS, Algorithm 1": algorithm_1,
         "sde_utils: PiGDM": pigdm,
         "sde_utils: MMPS": partial(guided, kind=su.MMPS),
         "sde_utils: twisted SMC (MMPS)": smc,
+        "sde_utils: tempered SMC": tempered,
     }
 
 
