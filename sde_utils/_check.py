@@ -4,8 +4,6 @@
 `linear` and `first_answer` look at the values in a tensor.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable

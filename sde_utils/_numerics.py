@@ -1,7 +1,5 @@
 """What every room stands on: types, broadcasting, noise, a denoiser's derivative, one solver."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 

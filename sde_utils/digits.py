@@ -1,7 +1,5 @@
 """Real handwritten digits, and the network that was trained on them."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Distributions whose every noisy version has a closed-form density, denoiser and score."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -66,7 +64,7 @@ class GaussianMixture:
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> GaussianMixture:
+    ) -> "GaussianMixture":
         """The same mixture elsewhere; float64 becomes float32 where the device is Apple's."""
         device = self.means.device if device is None else torch.device(device)
         if dtype is None and device.type not in ("cpu", "cuda"):
@@ -135,7 +133,7 @@ class GaussianMixture:
 
     __call__ = denoise
 
-    def posterior(self, obs: Observation) -> GaussianMixture:
+    def posterior(self, obs: Observation) -> "GaussianMixture":
         r"""p(x | y) for a linear operator, exactly, where Σ = v I. With A = U diag(s) Vᵀ,
 
             w_k' ∝ w_k N(y; A μ_k, v A Aᵀ + σ_y² I),   e_k = Uᵀ(y - A μ_k),

@@ -17,8 +17,6 @@ a few σ at most in each of m directions. So each sample's is held to
 Below σ_y, where the width of the result is decided, that changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 

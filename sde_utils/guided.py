@@ -1,7 +1,5 @@
 """What a method of guidance is made of: derivatives at a point, a covariance, the shift."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

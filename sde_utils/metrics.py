@@ -1,7 +1,5 @@
 """How far a set of samples is from another, or from where it should be."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Networks F(x, c), and the preconditioning that makes one a denoiser D(z, σ)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

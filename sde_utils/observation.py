@@ -1,7 +1,5 @@
 """What was measured: `y = A(x_0) + σ_y n`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 All are linear but `PhaseRetrieval`. Each computes in the dtype and on the device of its argument.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Figures of the lecture: one palette, maps, fields, and moving pictures that any page plays."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64encode
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The Swiss roll: draws, the curve they lie about, their exact density, shares of its pieces."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

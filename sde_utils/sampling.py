@@ -5,8 +5,6 @@ chain visits, all with σ > 0; after the last of them x_0 is told from z by one 
 times cost n calls with every SDE, 2n - 1 with Heun's method.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

@@ -3,8 +3,6 @@
 The SDE owns time; everything else sees (z, σ), z = x / r.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

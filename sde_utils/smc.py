@@ -1,7 +1,5 @@
 r"""Twisted sequential Monte Carlo: guidance proposes, weights make up for what is wrong with it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass

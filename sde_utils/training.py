@@ -1,7 +1,5 @@
 """Denoising score matching: the loss, draws of noise levels, the loop."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
