@@ -45,9 +45,8 @@ class GaussianMixture:
         check.weights("weights", weights, n)
         basis = self.means.new_zeros(d, 0) if self.basis is None else self.basis
         c = self.means.new_zeros(0) if self.basis_variance is None else self.basis_variance
-        found = f"{tuple(basis.shape)} and {tuple(c.shape)}"
         fits = basis.ndim == 2 and len(basis) == d and c.shape == basis.shape[1:]
-        check.require(fits, f"basis must be ({d}, m) and basis_variance (m,), got {found}")
+        check.require(fits, f"basis must be ({d}, m) and basis_variance (m,)", basis, c)
         gram = basis.T @ basis - torch.eye(len(c), dtype=basis.dtype, device=basis.device)
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
         check.require((c >= 0).all(), "basis_variance must be non-negative")
@@ -89,8 +88,8 @@ class GaussianMixture:
         log w_k + log N(z; μ_k, S), (b, K); the score S⁻¹ (E[μ_k | z] - z), (b, d); σ², (b, 1).
         """
         check.batch("z", z, finite=False)
-        expected, found = tuple(self.means.shape[1:]), tuple(z.shape[1:])
-        check.require(expected == found, f"z must have shape (B, *{expected}), got (B, *{found})")
+        dims = tuple(self.means.shape[1:])
+        check.require(z.shape[1:] == dims, f"z must have shape (B, *{dims})", z)
         wide = widest(z, self.means)
         own = (self.means.flatten(1), self.basis, self.basis_variance, self.weights)
         means, basis, c, w = (a.to(z.device, wide) for a in own)

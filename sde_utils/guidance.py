@@ -162,8 +162,7 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     """
     check.function("predictor", predictor, "a function of one step, as su.ancestral")
     zeta = check.number("zeta", zeta)
-    if not isinstance(obs, Observation):
-        raise TypeError(f"obs must be an Observation, got {check.what(obs)}")
+    check.kind(isinstance(obs, Observation), "obs must be an Observation", obs)
 
     def step(
         sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None

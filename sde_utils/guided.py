@@ -122,8 +122,7 @@ class Guided:
 
     def __post_init__(self) -> None:
         check.function("denoiser", self.denoiser, "a function D(z, sigma)")
-        if not isinstance(self.obs, Observation):
-            raise TypeError(f"obs must be an Observation, got {check.what(self.obs)}")
+        check.kind(isinstance(self.obs, Observation), "obs must be an Observation", self.obs)
         check.number("max_shift", self.max_shift, ends="(]")
 
     def covariance(self, at: Tangent) -> Isotropic | Spectral:

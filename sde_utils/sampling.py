@@ -66,9 +66,9 @@ def karras_times(
 
 def check_times(sde: SDE, times: Times) -> list[float]:
     """`times` as a list: decreasing within [0, 1], σ > 0 at the last."""
-    if isinstance(times, (str, int, float)) or getattr(times, "ndim", 1) != 1:
-        expected = "a sequence, as su.karras_times(sde, 18); for a number of them write steps="
-        raise TypeError(f"times must be {expected}, got {check.what(times)}")
+    good = not isinstance(times, (str, int, float)) and getattr(times, "ndim", 1) == 1
+    remedy = "as su.karras_times(sde, 18); for a number of them write steps="
+    check.kind(good, f"times must be a sequence, {remedy}", times)
     times = [check.number("times", t, 0, 1, "[]") for t in times]
     for t, s in pairwise(times):
         check.require(t > s, f"times must decrease, but {t:g} is followed by {s:g}")
@@ -97,11 +97,7 @@ def check_start(sde: SDE, denoiser: Denoise, x: Tensor, t: float) -> None:
 
 
 def check_run(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    times: Times,
-    generator: Random,
+    sde: SDE, denoiser: Denoise, x: Tensor, times: Times, generator: Random
 ) -> list[float]:
     """The doors of a run; the times as a list."""
     check_sde(sde)

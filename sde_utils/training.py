@@ -100,8 +100,8 @@ def train(
         "ema_every": check.count("ema_every", ema_every),
     }  # fmt: skip
     save_every = check.number("save_every", save_every, ends="[)")
-    if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
-        raise TypeError(f"checkpoint must be a path, got {check.what(checkpoint)}")
+    named = checkpoint is None or isinstance(checkpoint, (str, Path))
+    check.kind(named, "checkpoint must be a path", checkpoint)
     path = None if checkpoint is None else Path(checkpoint)
     _check_data(denoiser, data)
     _check_functions(denoiser, data, sigma_sampler, weight, settings["batch_size"], generator)
@@ -117,9 +117,8 @@ def train(
 
 def _check_data(denoiser: nn.Module, data: Tensor) -> None:
     """A network with weights, and data of its dtype, device and size."""
-    if not isinstance(denoiser, nn.Module):
-        found = check.what(denoiser)
-        raise TypeError(f"denoiser must be an nn.Module, as su.Denoiser(su.MLP()), got {found}")
+    module = isinstance(denoiser, nn.Module)
+    check.kind(module, "denoiser must be an nn.Module, as su.Denoiser(su.MLP())", denoiser)
     grad = torch.is_grad_enabled()
     check.require(grad, "train needs gradients: not under torch.no_grad or torch.inference_mode")
     check.batch("data", data)
