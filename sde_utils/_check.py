@@ -134,10 +134,9 @@ def first_answer(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             x0_hat = denoiser(z, sigma)
         except (IndexError, AttributeError) as error:
-            raise TypeError(
-                f"denoiser must take a scalar sigma, too ({error}): use sigma.expand(len(z)); "
-                "a bare network F(x, c) goes into su.Denoiser(F)"
-            ) from error
+            remedy = "use sigma.expand(len(z)); a bare network F(x, c) goes into su.Denoiser(F)"
+            message = f"denoiser must take a scalar sigma, too ({error}): {remedy}"
+            raise TypeError(message) from error
         if not seen:
             denoised(x0_hat, z)
             if not x0_hat.isfinite().all():

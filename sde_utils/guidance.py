@@ -75,9 +75,8 @@ class PiGDM(Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        variance = self.variance
-        if variance is None:
-            variance = getattr(self.denoiser, "sigma_data", 1.0) ** 2
+        own = getattr(self.denoiser, "sigma_data", 1.0) ** 2
+        variance = own if self.variance is None else self.variance
         vars(self).update(variance=check.number("variance", variance))
         assert self.gram  # refuses a crooked A before any work
 

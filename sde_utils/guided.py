@@ -170,8 +170,5 @@ class Guided:
             distance = self.obs.residual(point.requires_grad_()).square().sum()
             (slope,) = torch.autograd.grad(distance, point)
         if not slope.any():
-            warnings.warn(
-                "operator has the gradient 0 everywhere (round, sign, a threshold?): "
-                "guidance will do nothing",
-                stacklevel=5,
-            )
+            found = "operator has the gradient 0 everywhere (round, sign, a threshold?)"
+            warnings.warn(f"{found}: guidance will do nothing", stacklevel=5)

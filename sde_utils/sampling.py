@@ -80,20 +80,14 @@ def check_times(sde: SDE, times: Times) -> list[float]:
 def check_start(sde: SDE, denoiser: Denoise, x: Tensor, t: float) -> None:
     """Warn of noise that is far from r σ, and of σ(1) that is not far above the data's size."""
     r, sigma = float(sde.scale(t)), float(sde.sigma(t))
-    size = float(x.float().square().mean().sqrt())
+    size, noise = float(x.float().square().mean().sqrt()), r * sigma
     data = getattr(denoiser, "sigma_data", 0.0)
-    if x.numel() >= 16 and (size < 0.3 * r * sigma or (t == 1 and size > 3 * r * (sigma + data))):
-        warnings.warn(
-            f"x has the root mean square {size:.3g} at t = {t:.4g}, where noise has r σ = "
-            f"{r * sigma:.3g}: start from sde.prior(...) or sde.perturb(x0, t)",
-            stacklevel=5,
-        )
+    if x.numel() >= 16 and (size < 0.3 * noise or (t == 1 and size > 3 * (noise + r * data))):
+        found = f"x has the root mean square {size:.3g} at t = {t:.4g}, noise r σ = {noise:.3g}"
+        warnings.warn(f"{found}: start from sde.prior(...) or sde.perturb(x0, t)", stacklevel=5)
     if t == 1 and sigma < 10 * data:
-        warnings.warn(
-            f"σ(1) = {sigma:.3g} is below 10 sigma_data = {10 * data:.3g}: the prior still knows "
-            "the data; scale the data, or take an SDE that goes further",
-            stacklevel=5,
-        )
+        found = f"σ(1) = {sigma:.3g}, below 10 sigma_data = {10 * data:.3g}, still knows the data"
+        warnings.warn(f"{found}: scale them, or take an SDE that goes further", stacklevel=5)
 
 
 def check_run(
@@ -187,9 +181,6 @@ def finish(denoiser: Denoise, z: Tensor, sigma: float, w: float) -> Tensor:
     if not math.isfinite(size):
         raise FloatingPointError(f"the last step, from σ = {sigma:.4g}, left the finite numbers")
     if size > 10 * sigma:
-        warnings.warn(
-            f"the last step moves x by {size / sigma:.3g} σ: too few steps, or what was given as "
-            "denoiser returns no E[x_0 | z] (a score, a noise?)",
-            stacklevel=4,
-        )
+        causes = "too few steps, or a denoiser that returns no E[x_0 | z] (a score, a noise?)"
+        warnings.warn(f"the last step moves x by {size / sigma:.3g} σ: {causes}", stacklevel=4)
     return z + w * move
