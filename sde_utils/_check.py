@@ -4,9 +4,9 @@
 `linear` and `first_answer` look at the values in a tensor.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
+from math import inf
 from numbers import Real
 
 import torch
@@ -35,9 +35,7 @@ def what(value: object) -> str:
     return f"{type(value).__name__} {value!r}"[:80]
 
 
-def number(
-    name: str, value: float, low: float = 0.0, high: float = math.inf, ends: str = "()"
-) -> float:
+def number(name: str, value: float, low: float = 0, high: float = inf, ends: str = "()") -> float:
     """The number as a float, in the interval; 0-d tensors and numpy's numbers are numbers."""
     if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
         value = value.item()  # type: ignore[attr-defined]
