@@ -4,21 +4,26 @@
 `linear` and `first_answer` look at the values in a tensor.
 """
 
-from __future__ import annotations
-
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 
-def require(holds: bool | Tensor, message: str) -> None:
-    """`ValueError` unless it holds."""
+def require(holds: bool | Tensor, message: str, *about: Tensor) -> None:
+    """`ValueError` unless it holds, with the shapes of the tensors it is about."""
     if not holds:
-        raise ValueError(message)
+        shapes = " and ".join(str(tuple(x.shape)) for x in about)
+        raise ValueError(f"{message}, got {shapes}" if about else message)
+
+
+def kind(holds: bool, message: str, value: object) -> None:
+    """`TypeError` unless it holds, with what the value was."""
+    if not holds:
+        raise TypeError(f"{message}, got {what(value)}")
 
 
 def what(value: object) -> str:
@@ -30,14 +35,12 @@ def what(value: object) -> str:
     return f"{type(value).__name__} {value!r}"[:80]
 
 
-def number(
-    name: str, value: object, low: float = 0.0, high: float = math.inf, ends: str = "()"
-) -> float:
+def number(name: str, value: float, low: float = 0, high: float = inf, ends: str = "()") -> float:
     """The number as a float, in the interval; 0-d tensors and numpy's numbers are numbers."""
     if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
         value = value.item()  # type: ignore[attr-defined]
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {what(value)}")
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    kind(real, f"{name} must be a number", value)
     x = float(value)
     above = x > low or (ends[0] == "[" and x == low)
     below = x < high or (ends[1] == "]" and x == high)
@@ -46,58 +49,53 @@ def number(
     return x
 
 
-def count(name: str, value: object, least: int = 1, most: int = 10**6) -> int:
+def count(name: str, value: int, least: int = 1, most: int = 10**6) -> int:
     """The integer as an int; numpy's and 0-d tensors are integers."""
     try:
-        n = operator.index(value)  # type: ignore[arg-type]
+        n = operator.index(value)
     except TypeError:
-        n = None
-    if n is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {what(value)}")
+        raise TypeError(f"{name} must be an int, got {what(value)}") from None
+    kind(not isinstance(value, bool), f"{name} must be an int", value)
     require(least <= n <= most, f"{name} must lie in [{least}, {most:,}], got {n}")
     return n
 
 
 def tensor(name: str, x: object) -> None:
     """A real floating-point tensor."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        remedy = "torch.as_tensor(x, dtype=torch.float32) makes one"
-        raise TypeError(f"{name} must be a floating-point tensor ({remedy}), got {what(x)}")
+    good = isinstance(x, Tensor) and x.is_floating_point()
+    kind(good, f"{name} must be a floating-point tensor, as torch.as_tensor(x).float()", x)
 
 
 def batch(name: str, x: Tensor, finite: bool = True) -> None:
     """A floating-point tensor of shape (B, *dims), with finite values."""
     tensor(name, x)
-    shape = tuple(x.shape)
-    require(x.ndim > 1 and x.numel() > 0, f"{name} must have shape (B, *dims), B > 0, got {shape}")
+    require(x.ndim > 1 and x.numel() > 0, f"{name} must have shape (B, *dims), B > 0", x)
     require(not finite or x.isfinite().all(), f"{name} must be finite, but holds NaN or infinity")
 
 
 def weights(name: str, w: Tensor, n: int) -> None:
     """Weights (n,), finite, non-negative, not all 0."""
     tensor(name, w)
-    require(w.shape == (n,), f"{name} must have shape ({n},), got {tuple(w.shape)}")
+    require(w.shape == (n,), f"{name} must have shape ({n},)", w)
     good = w.isfinite().all() & (w >= 0).all() & (w.sum() > 0)
     require(good, f"{name} must be finite, non-negative, not all 0 (log-weights: take .exp())")
 
 
 def generator(value: object) -> None:
     """A torch.Generator or None."""
-    if value is not None and not isinstance(value, torch.Generator):
-        expected = "a torch.Generator, as torch.Generator().manual_seed(0)"
-        raise TypeError(f"generator must be {expected}, got {what(value)}")
+    good = value is None or isinstance(value, torch.Generator)
+    kind(good, "generator must be a torch.Generator, as torch.Generator().manual_seed(0)", value)
 
 
 def function(name: str, value: object, example: str) -> None:
     """Callable, and no class: `Langevin` is not `Langevin()`."""
-    if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name} must be {example}, got {what(value)}")
+    kind(callable(value) and not isinstance(value, type), f"{name} must be {example}", value)
 
 
-def shape(value: object) -> tuple[int, ...]:
+def shape(value: Sequence[int]) -> tuple[int, ...]:
     """A tuple of sizes."""
-    if not isinstance(value, (tuple, list)) or not all(isinstance(n, int) for n in value):
-        raise TypeError(f"shape must be a tuple of ints, as (1000, 2), got {what(value)}")
+    good = isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value)
+    kind(good, "shape must be a tuple of ints, as (1000, 2)", value)
     return tuple(value)
 
 
@@ -121,8 +119,8 @@ def linear(operator: Callable[[Tensor], Tensor], like: Tensor) -> None:
 
 def denoised(x0_hat: object, z: Tensor) -> None:
     """What a denoiser returned: a tensor like z."""
-    if not isinstance(x0_hat, Tensor) or x0_hat.shape != z.shape or x0_hat.dtype != z.dtype:
-        raise TypeError(f"denoiser must return E[x_0 | z], {what(z)} as z, got {what(x0_hat)}")
+    good = isinstance(x0_hat, Tensor) and x0_hat.shape == z.shape and x0_hat.dtype == z.dtype
+    kind(good, f"denoiser must return E[x_0 | z], {what(z)} as z", x0_hat)
 
 
 def first_answer(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -134,10 +132,9 @@ def first_answer(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             x0_hat = denoiser(z, sigma)
         except (IndexError, AttributeError) as error:
-            raise TypeError(
-                f"denoiser must take a scalar sigma, too ({error}): use sigma.expand(len(z)); "
-                "a bare network F(x, c) goes into su.Denoiser(F)"
-            ) from error
+            remedy = "use sigma.expand(len(z)); a bare network F(x, c) goes into su.Denoiser(F)"
+            message = f"denoiser must take a scalar sigma, too ({error}): {remedy}"
+            raise TypeError(message) from error
         if not seen:
             denoised(x0_hat, z)
             if not x0_hat.isfinite().all():

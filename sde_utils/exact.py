@@ -1,7 +1,5 @@
 """Distributions whose every noisy version has a closed-form density, denoiser and score."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -47,9 +45,8 @@ class GaussianMixture:
         check.weights("weights", weights, n)
         basis = self.means.new_zeros(d, 0) if self.basis is None else self.basis
         c = self.means.new_zeros(0) if self.basis_variance is None else self.basis_variance
-        found = f"{tuple(basis.shape)} and {tuple(c.shape)}"
         fits = basis.ndim == 2 and len(basis) == d and c.shape == basis.shape[1:]
-        check.require(fits, f"basis must be ({d}, m) and basis_variance (m,), got {found}")
+        check.require(fits, f"basis must be ({d}, m) and basis_variance (m,)", basis, c)
         gram = basis.T @ basis - torch.eye(len(c), dtype=basis.dtype, device=basis.device)
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
         check.require((c >= 0).all(), "basis_variance must be non-negative")
@@ -66,7 +63,7 @@ class GaussianMixture:
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> GaussianMixture:
+    ) -> "GaussianMixture":
         """The same mixture elsewhere; float64 becomes float32 where the device is Apple's."""
         device = self.means.device if device is None else torch.device(device)
         if dtype is None and device.type not in ("cpu", "cuda"):
@@ -91,8 +88,8 @@ class GaussianMixture:
         log w_k + log N(z; μ_k, S), (b, K); the score S⁻¹ (E[μ_k | z] - z), (b, d); σ², (b, 1).
         """
         check.batch("z", z, finite=False)
-        expected, found = tuple(self.means.shape[1:]), tuple(z.shape[1:])
-        check.require(expected == found, f"z must have shape (B, *{expected}), got (B, *{found})")
+        dims = tuple(self.means.shape[1:])
+        check.require(z.shape[1:] == dims, f"z must have shape (B, *{dims})", z)
         wide = widest(z, self.means)
         own = (self.means.flatten(1), self.basis, self.basis_variance, self.weights)
         means, basis, c, w = (a.to(z.device, wide) for a in own)
@@ -135,7 +132,7 @@ class GaussianMixture:
 
     __call__ = denoise
 
-    def posterior(self, obs: Observation) -> GaussianMixture:
+    def posterior(self, obs: Observation) -> "GaussianMixture":
         r"""p(x | y) for a linear operator, exactly, where Σ = v I. With A = U diag(s) Vᵀ,
 
             w_k' ∝ w_k N(y; A μ_k, v A Aᵀ + σ_y² I),   e_k = Uᵀ(y - A μ_k),

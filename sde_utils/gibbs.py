@@ -10,8 +10,6 @@ of (x, y), so that draws of z given (x, y) and of x given z in turn leave π_ρ 
 Gaussian's, the second is what a diffusion model is for: its reverse process from σ = ρ, without y.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -17,8 +17,6 @@ a few σ at most in each of m directions. So each sample's is held to
 Below σ_y, where the width of the result is decided, that changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,9 +75,8 @@ class PiGDM(Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        variance = self.variance
-        if variance is None:
-            variance = getattr(self.denoiser, "sigma_data", 1.0) ** 2
+        own = getattr(self.denoiser, "sigma_data", 1.0) ** 2
+        variance = own if self.variance is None else self.variance
         vars(self).update(variance=check.number("variance", variance))
         assert self.gram  # refuses a crooked A before any work
 
@@ -164,8 +161,7 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     """
     check.function("predictor", predictor, "a function of one step, as su.ancestral")
     zeta = check.number("zeta", zeta)
-    if not isinstance(obs, Observation):
-        raise TypeError(f"obs must be an Observation, got {check.what(obs)}")
+    check.kind(isinstance(obs, Observation), "obs must be an Observation", obs)
 
     def step(
         sde: SDE, denoiser: Denoise, x: Tensor, t: float, s: float, generator: Random = None

@@ -1,7 +1,5 @@
 """What a method of guidance is made of: derivatives at a point, a covariance, the shift."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -124,8 +122,7 @@ class Guided:
 
     def __post_init__(self) -> None:
         check.function("denoiser", self.denoiser, "a function D(z, sigma)")
-        if not isinstance(self.obs, Observation):
-            raise TypeError(f"obs must be an Observation, got {check.what(self.obs)}")
+        check.kind(isinstance(self.obs, Observation), "obs must be an Observation", self.obs)
         check.number("max_shift", self.max_shift, ends="(]")
 
     def covariance(self, at: Tangent) -> Isotropic | Spectral:
@@ -173,8 +170,5 @@ class Guided:
             distance = self.obs.residual(point.requires_grad_()).square().sum()
             (slope,) = torch.autograd.grad(distance, point)
         if not slope.any():
-            warnings.warn(
-                "operator has the gradient 0 everywhere (round, sign, a threshold?): "
-                "guidance will do nothing",
-                stacklevel=5,
-            )
+            found = "operator has the gradient 0 everywhere (round, sign, a threshold?)"
+            warnings.warn(f"{found}: guidance will do nothing", stacklevel=5)

@@ -1,7 +1,5 @@
 """Log-likelihood by the probability flow."""
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -1,7 +1,5 @@
 """The loop of `train`: one step of Adam, the moving average, checkpoints, several processes."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

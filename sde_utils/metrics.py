@@ -1,7 +1,5 @@
 """How far a set of samples is from another, or from where it should be."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -11,20 +9,13 @@ from . import _check as check
 from ._numerics import Random, randn_like
 
 
-def shapes(x: Tensor, y: Tensor, name: str = "y") -> str:
-    """x and y are batches; their shapes, in words."""
-    check.batch("x", x)
-    check.batch(name, y)
-    return f"{tuple(x.shape)} and {tuple(y.shape)}"
-
-
 def check_problems(truth: Tensor, draws: Tensor) -> None:
     """One truth for each row of draws, all finite."""
     check.tensor("truth", truth)
     check.batch("draws", draws)
     check.require(truth.isfinite().all(), "truth must be finite, but holds NaN or infinity")
-    good, found = truth.shape == draws.shape[:1] and draws.ndim == 2, tuple(draws.shape)
-    check.require(good, f"truth must be (N,), draws (N, L), got {tuple(truth.shape)}, {found}")
+    good = truth.shape == draws.shape[:1] and draws.ndim == 2
+    check.require(good, "truth must be (N,), draws (N, L)", truth, draws)
 
 
 def sliced_wasserstein(
@@ -38,8 +29,9 @@ def sliced_wasserstein(
     Returns: a scalar tensor.
     Source: Bonneel et al. 2015, J. Math. Imaging Vis. 51, there of the squares.
     """
-    found = shapes(x, y)
-    check.require(x.shape == y.shape, f"x and y must have the same shape, got {found}")
+    check.batch("x", x)
+    check.batch("y", y)
+    check.require(x.shape == y.shape, "x and y must have the same shape", x, y)
     if x.dtype != y.dtype:
         raise TypeError(f"x and y must have one dtype, got {x.dtype}, {y.dtype}: y.to(x.dtype)")
     projections = check.count("projections", projections)
@@ -151,9 +143,10 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     Source: Dowson & Landau 1982, J. Multivariate Anal. 12; for images Heusel et al. 2017
     (arXiv 1706.08500).
     """
-    found = shapes(x, y)
+    check.batch("x", x)
+    check.batch("y", y)
     good = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and min(len(x), len(y)) > 1
-    check.require(good, f"x and y must be (n, d) and (m, d) with n, m > 1, got {found}")
+    check.require(good, "x and y must be (n, d) and (m, d) with n, m > 1", x, y)
     x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
     cx, cy = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(x.shape[1], -1)
     roots = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt()  # of a product: positive
@@ -170,7 +163,9 @@ def psnr(x: Tensor, truth: Tensor, peak: float = 2.0) -> Tensor:
         peak: of the values; 2 is that of images in [-1, 1].
     Returns: (B,).
     """
-    found, peak = shapes(x, truth, "truth"), check.number("peak", peak)
+    check.batch("x", x)
+    check.batch("truth", truth)
+    peak = check.number("peak", peak)
     good = x.shape[1:] == truth.shape[1:] and (len(x) == len(truth) or 1 in (len(x), len(truth)))
-    check.require(good, f"x and truth must be (B, *dims), B = 1 for one of them, got {found}")
+    check.require(good, "x and truth must be (B, *dims), B = 1 for one of them", x, truth)
     return 10 * torch.log10(peak**2 / (x - truth).square().flatten(1).mean(1))

@@ -1,7 +1,5 @@
 """Networks F(x, c), and the preconditioning that makes one a denoiser D(z, σ)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -46,8 +44,8 @@ class MLP(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        dim, found = self.config["dim"], tuple(x.shape)
-        check.require(found[1:] == (dim,), f"x must have shape (B, {dim}), got {found}")
+        dim = self.config["dim"]
+        check.require(x.shape[1:] == (dim,), f"x must have shape (B, {dim})", x)
         h = self.first(x) + self.embed(waves(c, self.frequencies))
         for block in self.blocks:
             h = h + block(h)
@@ -147,9 +145,9 @@ class UNet(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        channels, n, found = self.config["channels"], self.multiple, tuple(x.shape)
-        good = len(found) == 4 and found[1] == channels and not (found[2] % n or found[3] % n)
-        check.require(good, f"x must have shape (B, {channels}, {n} i, {n} j), got {found}")
+        channels, n = self.config["channels"], self.multiple
+        good = x.ndim == 4 and x.shape[1] == channels and not (x.shape[2] % n or x.shape[3] % n)
+        check.require(good, f"x must have shape (B, {channels}, {n} i, {n} j)", x)
         embedding = self.embed(waves(c, self.frequencies))
         h = nn.functional.pixel_unshuffle(x, self.patch)
         h = self.first(h.contiguous(memory_format=torch.channels_last))
@@ -181,8 +179,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, sigma_data: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module) or isinstance(network, Denoiser):
-            raise TypeError(f"network must be an F(x, c), as su.MLP(), got {check.what(network)}")
+        good = isinstance(network, nn.Module) and not isinstance(network, Denoiser)
+        check.kind(good, "network must be an F(x, c), as su.MLP()", network)
         self.network, self.sigma_data = network, check.number("sigma_data", sigma_data)
 
     def forward(self, z: Tensor, sigma: float | Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What was measured: `y = A(x_0) + σ_y n`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,9 +58,8 @@ class Observation:
             raise ValueError(f"operator must map {expected}, got {check.what(predicted)}")
         check.tensor("A(x_0) (torch.view_as_real for complex numbers)", predicted)
         one, every = tuple(predicted.shape[1:]), tuple(predicted.shape)
-        found = tuple(self.y.shape)
-        fits = found in (one, every)
-        check.require(fits, f"y must have shape {one} or {every} to match A(x_0), got {found}")
+        fits = self.y.shape in (one, every)
+        check.require(fits, f"y must have shape {one} or {every} to match A(x_0)", self.y)
         sloped = predicted.requires_grad or not x0.requires_grad
         check.require(sloped, "operator must be differentiable, but A(x_0) has no graph")
 

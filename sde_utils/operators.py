@@ -3,8 +3,6 @@
 All are linear but `PhaseRetrieval`. Each computes in the dtype and on the device of its argument.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,7 +21,7 @@ def check_images(x: Tensor, *size: int) -> None:
     check.batch("x", x, finite=False)
     good = x.ndim == 4 and size in ((), x.shape[2:])
     expected = f"(B, C, {size[0]}, {size[1]})" if size else "(B, C, H, W)"
-    check.require(good, f"x must be images {expected}, got {tuple(x.shape)}")
+    check.require(good, f"x must be images {expected}", x)
 
 
 class Inpainting:
@@ -33,10 +31,9 @@ class Inpainting:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, as x > 0.5, got {check.what(mask)}")
-        good, found = mask.ndim == 2 and mask.any(), tuple(mask.shape)
-        check.require(good, f"mask must be (H, W) and keep a pixel, got {found}")
+        boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        check.kind(boolean, "mask must be a bool tensor, as x > 0.5", mask)
+        check.require(mask.ndim == 2 and mask.any(), "mask must be (H, W) and keep a pixel", mask)
         self.mask = mask.clone()
         self.pixels = mask.flatten().nonzero()[:, 0]
 
@@ -67,7 +64,7 @@ class Downsampling:
     def __call__(self, x: Tensor) -> Tensor:
         check_images(x)
         good = not any(side % self.factor for side in x.shape[2:])
-        check.require(good, f"x must have sides multiples of {self.factor}, got {tuple(x.shape)}")
+        check.require(good, f"x must have sides multiples of {self.factor}", x)
         return functional.avg_pool2d(x, self.factor)
 
 
@@ -80,7 +77,7 @@ class Blur:
     def __init__(self, kernel: Tensor) -> None:
         check.batch("kernel", kernel)
         good = kernel.ndim == 2 and not any(side % 2 == 0 for side in kernel.shape)
-        check.require(good, f"kernel must be (k, l) with odd sides, got {tuple(kernel.shape)}")
+        check.require(good, "kernel must be (k, l) with odd sides", kernel)
         self.kernel = kernel.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -165,8 +162,8 @@ def check_linear(operator: Map, name: str, u: Tensor, shape: Sequence[int]) -> N
     check.batch(name, u)
     x = u.new_zeros(check.shape(shape))
     check.linear(operator, x[:1])
-    found, expected = tuple(u.shape), tuple(operator(x).shape)
-    check.require(found == expected, f"{name} must have A(x)'s shape {expected}, got {found}")
+    expected = tuple(operator(x).shape)
+    check.require(u.shape == expected, f"{name} must have A(x)'s shape {expected}", u)
 
 
 def transpose(operator: Map, u: Tensor, shape: Sequence[int]) -> Tensor:

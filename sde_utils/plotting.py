@@ -1,7 +1,5 @@
 """Figures of the lecture: one palette, maps, fields, and moving pictures that any page plays."""
 
-from __future__ import annotations
-
 import io
 from base64 import b64encode
 from collections.abc import Callable
@@ -95,8 +93,7 @@ def on_plane(function: Denoise, z: Tensor, sigma: float) -> Tensor:
 def on_cpu(name: str, x: Tensor, *last: int) -> Tensor:
     """x of shape (n, *last), on the CPU."""
     check.tensor(name, x)
-    good, found = tuple(x.shape[1:]) == last, tuple(x.shape)
-    check.require(good, f"{name} must have shape {('n', *last)}, got {found}")
+    check.require(x.shape[1:] == last, f"{name} must have shape {('n', *last)}", x)
     return x.detach().cpu()
 
 
@@ -153,7 +150,7 @@ def draw_images(ax: Axes, x: Tensor, columns: int, **look: Any) -> None:
     """Images (B, 1 or 3, H, W) in [-1, 1], row by row, a light line around each if several."""
     check.batch("x", x)
     good = x.ndim == 4 and x.shape[1] in (1, 3)
-    check.require(good, f"x must be images (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    check.require(good, "x must be images (B, 1 or 3, H, W)", x)
     rows, line = -(-len(x) // check.count("columns", columns)), int(len(x) > 1)
     x = torch.nn.functional.pad(x.detach().cpu(), (line,) * 4, value=1.0)
     x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])])

@@ -3,8 +3,6 @@ r"""One step each, as functions (sde, denoiser, x, t, s, generator) -> x_s, with
 t and s are numbers and σ_s > 0: the step to x_0 is `sample`'s. With z = x_t / r_t throughout.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The Swiss roll: draws, the curve they lie about, their exact density, shares of its pieces."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -56,7 +54,7 @@ def swiss_roll_parameter(x: Tensor, noise: float = 0.2, nodes: int = 2000) -> Te
     Args: x: (B, 2).   Returns: (B,).
     """
     check.batch("x", x)
-    check.require(x.shape[1:] == (2,), f"x must have shape (B, 2), got {tuple(x.shape)}")
+    check.require(x.shape[1:] == (2,), "x must have shape (B, 2)", x)
     u = torch.linspace(0, 1, nodes, dtype=x.dtype, device=x.device)
     curve = swiss_roll_curve(u, noise)
     nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)

@@ -5,8 +5,6 @@ chain visits, all with σ > 0; after the last of them x_0 is told from z by one 
 times cost n calls with every SDE, 2n - 1 with Heun's method.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings
@@ -68,9 +66,9 @@ def karras_times(
 
 def check_times(sde: SDE, times: Times) -> list[float]:
     """`times` as a list: decreasing within [0, 1], σ > 0 at the last."""
-    if isinstance(times, (str, int, float)) or getattr(times, "ndim", 1) != 1:
-        expected = "a sequence, as su.karras_times(sde, 18); for a number of them write steps="
-        raise TypeError(f"times must be {expected}, got {check.what(times)}")
+    good = not isinstance(times, (str, int, float)) and getattr(times, "ndim", 1) == 1
+    remedy = "as su.karras_times(sde, 18); for a number of them write steps="
+    check.kind(good, f"times must be a sequence, {remedy}", times)
     times = [check.number("times", t, 0, 1, "[]") for t in times]
     for t, s in pairwise(times):
         check.require(t > s, f"times must decrease, but {t:g} is followed by {s:g}")
@@ -82,28 +80,18 @@ def check_times(sde: SDE, times: Times) -> list[float]:
 def check_start(sde: SDE, denoiser: Denoise, x: Tensor, t: float) -> None:
     """Warn of noise that is far from r σ, and of σ(1) that is not far above the data's size."""
     r, sigma = float(sde.scale(t)), float(sde.sigma(t))
-    size = float(x.float().square().mean().sqrt())
+    size, noise = float(x.float().square().mean().sqrt()), r * sigma
     data = getattr(denoiser, "sigma_data", 0.0)
-    if x.numel() >= 16 and (size < 0.3 * r * sigma or (t == 1 and size > 3 * r * (sigma + data))):
-        warnings.warn(
-            f"x has the root mean square {size:.3g} at t = {t:.4g}, where noise has r σ = "
-            f"{r * sigma:.3g}: start from sde.prior(...) or sde.perturb(x0, t)",
-            stacklevel=5,
-        )
+    if x.numel() >= 16 and (size < 0.3 * noise or (t == 1 and size > 3 * (noise + r * data))):
+        found = f"x has the root mean square {size:.3g} at t = {t:.4g}, noise r σ = {noise:.3g}"
+        warnings.warn(f"{found}: start from sde.prior(...) or sde.perturb(x0, t)", stacklevel=5)
     if t == 1 and sigma < 10 * data:
-        warnings.warn(
-            f"σ(1) = {sigma:.3g} is below 10 sigma_data = {10 * data:.3g}: the prior still knows "
-            "the data; scale the data, or take an SDE that goes further",
-            stacklevel=5,
-        )
+        found = f"σ(1) = {sigma:.3g}, below 10 sigma_data = {10 * data:.3g}, still knows the data"
+        warnings.warn(f"{found}: scale them, or take an SDE that goes further", stacklevel=5)
 
 
 def check_run(
-    sde: SDE,
-    denoiser: Denoise,
-    x: Tensor,
-    times: Times,
-    generator: Random,
+    sde: SDE, denoiser: Denoise, x: Tensor, times: Times, generator: Random
 ) -> list[float]:
     """The doors of a run; the times as a list."""
     check_sde(sde)
@@ -193,9 +181,6 @@ def finish(denoiser: Denoise, z: Tensor, sigma: float, w: float) -> Tensor:
     if not math.isfinite(size):
         raise FloatingPointError(f"the last step, from σ = {sigma:.4g}, left the finite numbers")
     if size > 10 * sigma:
-        warnings.warn(
-            f"the last step moves x by {size / sigma:.3g} σ: too few steps, or what was given as "
-            "denoiser returns no E[x_0 | z] (a score, a noise?)",
-            stacklevel=4,
-        )
+        causes = "too few steps, or a denoiser that returns no E[x_0 | z] (a score, a noise?)"
+        warnings.warn(f"the last step moves x by {size / sigma:.3g} σ: {causes}", stacklevel=4)
     return z + w * move

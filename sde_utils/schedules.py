@@ -1,7 +1,5 @@
 """Three diffusions: variance exploding, variance preserving, sub-VP."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 The SDE owns time; everything else sees (z, σ), z = x / r.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -112,5 +110,4 @@ class SDE(ABC):
 
 def check_sde(sde: object) -> None:
     """An SDE, not its class."""
-    if not isinstance(sde, SDE):
-        raise TypeError(f"sde must be an SDE, as su.VPSDE(), got {check.what(sde)}")
+    check.kind(isinstance(sde, SDE), "sde must be an SDE, as su.VPSDE()", sde)

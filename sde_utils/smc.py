@@ -1,7 +1,5 @@
 r"""Twisted sequential Monte Carlo: guidance proposes, weights make up for what is wrong with it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass
@@ -70,9 +68,8 @@ def check_particles(
     sde: SDE, guided: Guided, x: Tensor, steps: int, times: Times | None, generator: Random
 ) -> list[float]:
     """The doors: a guided denoiser, one observation for all, and `sample`'s. Returns the times."""
-    if not callable(getattr(guided, "look", None)) or not hasattr(guided, "obs"):
-        expected = "a guided denoiser, as su.MMPS(denoiser, obs)"
-        raise TypeError(f"guided must be {expected}, got {check.what(guided)}")
+    good = callable(getattr(guided, "look", None)) and hasattr(guided, "obs")
+    check.kind(good, "guided must be a guided denoiser, as su.MMPS(denoiser, obs)", guided)
     check.batch("x", x)
     guided.obs.check_single(x)
     if times is None:

@@ -1,7 +1,5 @@
 """Denoising score matching: the loss, draws of noise levels, the loop."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -102,12 +100,13 @@ def train(
         "ema_every": check.count("ema_every", ema_every),
     }  # fmt: skip
     save_every = check.number("save_every", save_every, ends="[)")
-    if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
-        raise TypeError(f"checkpoint must be a path, got {check.what(checkpoint)}")
+    named = checkpoint is None or isinstance(checkpoint, (str, Path))
+    check.kind(named, "checkpoint must be a path", checkpoint)
     path = None if checkpoint is None else Path(checkpoint)
+    check.generator(generator)
     _check_data(denoiser, data)
-    _check_functions(denoiser, data, sigma_sampler, weight, settings["batch_size"], generator)
     run = Run(denoiser, data, sigma_sampler, weight, generator, settings)
+    _check_functions(run)
     if path is not None:
         run.resume(path)
     try:
@@ -119,9 +118,8 @@ def train(
 
 def _check_data(denoiser: nn.Module, data: Tensor) -> None:
     """A network with weights, and data of its dtype, device and size."""
-    if not isinstance(denoiser, nn.Module):
-        found = check.what(denoiser)
-        raise TypeError(f"denoiser must be an nn.Module, as su.Denoiser(su.MLP()), got {found}")
+    module = isinstance(denoiser, nn.Module)
+    check.kind(module, "denoiser must be an nn.Module, as su.Denoiser(su.MLP())", denoiser)
     grad = torch.is_grad_enabled()
     check.require(grad, "train needs gradients: not under torch.no_grad or torch.inference_mode")
     check.batch("data", data)
@@ -137,25 +135,22 @@ def _check_data(denoiser: nn.Module, data: Tensor) -> None:
         warnings.warn(f"{found}: scale the data, or write sigma_data={size:.2g}", stacklevel=3)
 
 
-def _check_functions(
-    denoiser: nn.Module, data: Tensor, sigma_sampler: SigmaSampler, weight: Weight | None, n: int,
-    generator: Random,
-) -> None:  # fmt: skip
+def _check_functions(run: Run) -> None:
     """A first look at what the functions return; it costs the run no random number."""
     example = "a function (n, generator) -> (n,), as su.log_uniform(0.01, 50.0)"
-    check.generator(generator)
-    check.function("sigma_sampler", sigma_sampler, example)
-    other = None if generator is None else torch.Generator(generator.device)
+    check.function("sigma_sampler", run.sigma_sampler, example)
+    data, n = run.data, run.settings["batch_size"]
+    other = None if run.generator is None else torch.Generator(run.generator.device)
     with torch.no_grad(), torch.random.fork_rng([data.device] if data.is_cuda else []):
-        check.first_answer(copy.deepcopy(denoiser).eval())(data[:2], data.new_full((), 1.0))
+        check.first_answer(copy.deepcopy(run.denoiser).eval())(data[:2], data.new_full((), 1.0))
         try:
-            sigma = sigma_sampler(n, other)
+            sigma = run.sigma_sampler(n, other)
         except TypeError as error:
             raise TypeError(f"sigma_sampler must be {example}: {error}") from error
     check.tensor("what sigma_sampler returns", sigma)
     good = sigma.shape == (n,) and ((sigma > 0) & sigma.isfinite()).all()
     check.require(good, f"sigma_sampler must return ({n},) positive numbers, got {sigma}")
-    if weight is not None:
-        check.function("weight", weight, "a function sigma (B,) -> (B,)")
-        found = check.what(weight(sigma))
+    if run.weight is not None:
+        check.function("weight", run.weight, "a function sigma (B,) -> (B,)")
+        found = check.what(run.weight(sigma))
         check.require(found == check.what(sigma), f"weight must return ({n},), got {found}")
