@@ -351,7 +351,7 @@ def exact_problem(
             twist = su.Annealed(counted, obs)
             particles = su.twisted_smc(sde, twist, x, times=times, generator=generator)
         else:
-            options = {"steps": 5, "keep": 0.9, "final": 3, "generator": generator}
+            options = {"keep": 0.9, "final": 3, "generator": generator}
             particles = su.tempered_smc(sde, counted, obs, x, **options)
         gap = float(particles.log_evidence - posterior.log_evidence)
         weights = particles.log_weights.exp()
