@@ -18,7 +18,7 @@ import sde_utils as su
 from sde_utils import operators as ops
 from sde_utils import plotting as draw
 
-PREDICTORS = ("euler_maruyama", "ancestral", "euler", "heun", "multistep")
+PREDICTORS = ("euler_maruyama", "ancestral", "moment_matched", "euler", "heun", "multistep")
 
 
 def product(x):
@@ -104,6 +104,8 @@ def test_the_exact_and_the_measures_without_float64(device):
     ranks = su.calibration_ranks(z[:, 0], torch.randn(64, 19))
     assert is_pretended(ranks)
     check(su.coverage(z[:, 0], torch.randn(64, 19)))
+    low, high = su.ecdf_band(20, 9, simulations=200)
+    assert ((low >= 0) & (low < high)).all()
     images, labels = su.mnist(split="test")
     assert images.to(device).shape[0] == len(labels)
 
@@ -127,6 +129,9 @@ def test_sampling_and_guidance_without_float64(device, kind):
                 particles = su.twisted_smc(sde, guided, x, times=times, generator=g)
                 check(particles.resample(4, g), 4, 2)
                 assert particles.log_weights.dtype == torch.float64  # on the CPU
+        obs = su.Observation(first, torch.tensor([0.3]), 0.3)
+        particles = su.tempered_smc(sde, denoiser, obs, x, steps=3, final=1, generator=g)
+        check(particles.resample(4, g), 4, 2)
         step = su.dps_step(su.ancestral, su.Observation(product, 0.2, 0.3), 0.1)
         check(su.sample(sde, denoiser, x, times=times, predictor=step, generator=g), 30, 2)
         check(su.log_likelihood(sde, denoiser, torch.randn(3, 2), steps=3), 3)
