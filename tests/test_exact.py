@@ -11,6 +11,7 @@ from sde_utils import (
     Observation,
     swiss_roll,
     swiss_roll_curve,
+    swiss_roll_density,
     swiss_roll_parameter,
     swiss_roll_scaling,
     weighted_posterior,
@@ -87,6 +88,19 @@ def test_samples_have_the_moments(mixture):
     assert ((products.mean(0) - cov).abs() < 4 * products.std(0) / math.sqrt(n)).all()
 
 
+def test_sigma_data_is_the_root_of_the_mean_variance():
+    """tr Cov / d, the covariance written out: between the means and inside, with a basis."""
+    g = rng(40)
+    means = torch.randn(3, 2, 3, generator=g, dtype=torch.float64) + 2
+    basis = torch.linalg.qr(torch.randn(6, 2, generator=g, dtype=torch.float64))[0]
+    w, c = (torch.tensor(a, dtype=torch.float64) for a in ([0.2, 0.3, 0.5], [2.0, 0.1]))
+    mix = GaussianMixture(means, 0.4, w, basis, c)
+    flat = means.flatten(1) - w @ means.flatten(1)
+    inside = 0.4 * (torch.eye(6) - basis @ basis.T) + basis @ torch.diag(c) @ basis.T
+    covariance = flat.T @ (w[:, None] * flat) + inside
+    assert mix.sigma_data == pytest.approx(math.sqrt(float(covariance.trace()) / 6), rel=1e-12)
+
+
 def test_20000_points_against_4000_means_stay_in_blocks():
     import resource
 
@@ -129,6 +143,15 @@ def test_roll_data_are_of_the_density(roll):
     mean, sd = swiss_roll_scaling()
     assert sd > 6
     assert abs(mean) < 2
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0])
+def test_the_roll_is_standardised_exactly(noise):
+    """Mean 0 and mean square 1 over both coordinates, the noise's variance included."""
+    roll = swiss_roll_density(noise)
+    assert float((roll.weights @ roll.means).mean()) == pytest.approx(0, abs=1e-12)
+    square = float((roll.weights @ roll.means**2).mean()) + roll.variance
+    assert square == pytest.approx(1, abs=1e-12)
 
 
 def test_roll_sampling_follows_its_generator_and_parameter_inverts_curve():

@@ -307,33 +307,60 @@ def test_width_against_the_exact_posterior_in_one_dimension(name, noise, anneale
 
 @pytest.mark.parametrize("curved", [False, True])
 def test_mmps_probes_measure_what_the_linearisation_leaves_out(curved):
-    """x_0 ~ N(μ, v), A = x² or 3x: E[q²] = Var of half the second difference, in closed form.
+    """x_0 ~ N(0, v), A = x² or 3x: S is read off the shift and compared with its closed form.
 
-    Given z, x_0 ~ N(x̂, c). q of δ ~ N(0, ρ²) is δ² for A = x², with second moment 3 ρ⁴; 0 for 3x.
+    Given z, x_0 ~ N(x̂, ρ²). q of δ ~ N(0, ρ²) is δ² for A = x², with second moment 3 ρ⁴ and
+    variance 96 ρ⁸; 0 for 3x.
     """
-    v, sigma, noise, probes = 1.0, 0.8, 0.3, 4000
+    v, sigma, noise, probes = 0.5, 0.8, 0.3, 20_000
     prior, z = gaussian(0.0, v), torch.tensor([[0.4], [1.5]], dtype=torch.float64)
     operator = torch.square if curved else lambda x: 3 * x
     obs = Observation(operator, torch.tensor([0.7], dtype=torch.float64), noise)
-    rho2 = sigma**2 * v / (sigma**2 + v)
+    rho2 = sigma**2 * v / (sigma**2 + v)  # = σ² J
     x0_hat = prior(z, sigma)
     slope = 2 * x0_hat if curved else torch.full_like(z, 3.0)
     bend = 3 * rho2**2 if curved else 0.0
-    variance = noise**2 + slope**2 * rho2 + bend
-    normal = torch.distributions.Normal(operator(x0_hat), variance.sqrt())
-    expected = normal.log_prob(obs.y)[:, 0]
-    guided = MMPS(prior, obs, probes=probes, max_shift=math.inf)
-    error = 4 * 10 * math.sqrt(96 / probes) / 10  # 4 standard errors of a mean of δ⁴, relative
-    torch.testing.assert_close(guided.log_likelihood(z, sigma), expected, atol=error / 4, rtol=0)
-    gain = slope / variance * (obs.y - operator(x0_hat)) * sigma**2 * (v / (v + sigma**2))
-    torch.testing.assert_close(guided(z, sigma), x0_hat + gain, rtol=error / 2, atol=1e-9)
+    guided, r = MMPS(prior, obs, probes=probes, max_shift=math.inf), obs.y - operator(x0_hat)
+    s = rho2 * slope * r / (guided(z, sigma) - x0_hat)
+    error = 4 * math.sqrt(96 / probes) * rho2**2 if curved else 1e-9
+    torch.testing.assert_close(s, noise**2 + slope**2 * rho2 + bend, rtol=0, atol=error)
+    log_p = torch.distributions.Normal(operator(x0_hat), s.sqrt()).log_prob(obs.y)[:, 0]
+    torch.testing.assert_close(guided.log_likelihood(z, sigma), log_p)
     without = MMPS(prior, obs, max_shift=math.inf)(z, sigma)
     assert (float((without - guided(z, sigma)).abs().max()) > 0.05) == curved
 
 
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_the_bound_counts_the_numbers_observed_or_the_dimensions(m):
+    """y far away, d = 3: the shift has the length max_shift σ sqrt(min(m, d)), per sample."""
+    matrix = torch.randn(m, 3, generator=rng(30), dtype=torch.float64)
+    obs = Observation(lambda x: x @ matrix.T, torch.full((m,), 1e6, dtype=torch.float64), 0.1)
+    z, sigma = torch.randn(4, 3, generator=rng(31), dtype=torch.float64), torch.logspace(-1, 1, 4)
+    sigma, prior = sigma.double(), gaussian(dim=3)
+    length = (DPS(prior, obs, max_shift=2.0)(z, sigma) - prior(z, sigma)).norm(dim=1)
+    torch.testing.assert_close(length, 2 * sigma * math.sqrt(min(m, 3)))
+
+
+def test_where_a_learned_derivative_is_negative_mmps_says_nothing():
+    """D = (z_1, -z_2)/2, y = x: σ²/2 (y - z_1/2) / (σ_y² + σ²/2) along the first, 0 else."""
+    signs, sigma, noise = torch.tensor([0.5, -0.5], dtype=torch.float64), 0.8, 0.3
+    obs = Observation(identity, torch.tensor([0.7, 0.4], dtype=torch.float64), noise)
+    z = torch.randn(5, 2, generator=rng(32), dtype=torch.float64)
+    shift = MMPS(lambda z, sigma: signs * z, obs, max_shift=math.inf)(z, sigma) - signs * z
+    gain = sigma**2 / 2 / (noise**2 + sigma**2 / 2)
+    expected = torch.stack([gain * (0.7 - z[:, 0] / 2), torch.zeros(5).double()], dim=1)
+    torch.testing.assert_close(shift, expected)
+
+
+def test_pigdm_takes_the_variance_of_the_denoisers_own_data():
+    prior, _, _, obs = random_problem(7, isotropic=0.7)
+    assert PiGDM(prior, obs, (6,)).variance == 1.0  # it has no sigma_data
+    assert PiGDM(gaussian(0.3, 0.7, dim=6), obs, (6,)).variance == pytest.approx(0.7)
+
+
 def test_probes_reach_the_conjugate_gradients_by_their_diagonal():
     """A = x², each coordinate by itself: S = σ_y² + σ² (2x̂)² J + 3 ρ⁴, within 4 errors of 3 ρ⁴."""
-    v, sigma, noise, probes = 1.0, 0.9, 0.4, 4000
+    v, sigma, noise, probes = 0.5, 0.9, 0.4, 4000
     prior = gaussian(0.2, v, dim=6)
     obs = Observation(torch.square, torch.full((6,), 0.3, dtype=torch.float64), noise)
     z = torch.randn(5, 6, generator=rng(7), dtype=torch.float64)

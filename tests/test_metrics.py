@@ -36,7 +36,7 @@ def test_sliced_wasserstein_of_a_shift_in_one_dimension():
 
 
 def test_roll_mass_of_points_on_the_curve_and_its_weights():
-    u = torch.tensor([0.01, 0.02, 0.52, 0.99])
+    u = torch.tensor([0.01, 0.24, 0.73, 0.99])
     mass = roll_mass(swiss_roll_curve(u), bins=4)
     torch.testing.assert_close(mass, torch.tensor([0.5, 0.0, 0.25, 0.25]))
     weighted = roll_mass(swiss_roll_curve(u), torch.tensor([1.0, 1.0, 6.0, 2.0]), bins=4)
@@ -95,6 +95,11 @@ def test_ranks_of_exchangeable_draws_are_uniform():
     counts = torch.bincount(calibration_ranks(x[:, 0], x[:, 1:]), minlength=10)
     assert len(counts) == 10
     assert float(((counts - 2000) ** 2 / 2000).sum()) == pytest.approx(9, abs=4 * 18**0.5)
+
+
+def test_ranks_count_the_draws_below():
+    draws = torch.tensor([[3.0, 1.0, 2.0], [5.0, 7.0, 6.0]])
+    assert calibration_ranks(torch.tensor([2.5, 5.5]), draws).tolist() == [2, 1]
 
 
 def test_psnr():

@@ -22,6 +22,7 @@ from sde_utils import (
     sample,
     save_denoiser,
 )
+from sde_utils.networks import Attention
 
 
 def moved(network):
@@ -93,6 +94,36 @@ def test_denoiser_is_its_formula():
         assert torch.allclose(denoiser(z, sigma), expected, rtol=1e-12, atol=1e-12)
     assert torch.allclose(denoiser(z, 0.0), z, rtol=1e-15, atol=0)
     assert torch.allclose(denoiser(z, torch.zeros(4)), z, rtol=1e-15, atol=0)
+
+
+def test_mlp_is_its_formula():
+    """h = W x + E (c, cos πkc, sin πkc), k = 1..4; h + block(h); then out of silu(h)."""
+    network = moved(MLP(dim=3, width=8, depth=1, frequencies=4)).double()
+    x = torch.randn(5, 3, generator=rng(), dtype=torch.float64)
+    c = torch.linspace(-1.5, 1, 5, dtype=torch.float64)[:, None]
+    angles = np.pi * c * torch.arange(1, 5)
+    h = network.first(x) + network.embed(torch.cat([c, angles.cos(), angles.sin()], dim=1))
+    h = h + network.blocks[0](h)
+    expected = network.last(h * h.sigmoid())
+    torch.testing.assert_close(network(x, c[:, 0]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_unet_sees_the_noise_level_as_eight_waves():
+    network, seen = small(), []
+    network.embed.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    c = torch.linspace(-1.5, 1, 5)[:, None]
+    network(torch.randn(5, 1, 28, 28, generator=rng()), c[:, 0])
+    angles = np.pi * c * torch.arange(1, 9)
+    torch.testing.assert_close(seen[0], torch.cat([c, angles.cos(), angles.sin()], dim=1))
+
+
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    attention = moved(Attention(16, 2)).double()
+    x = torch.randn(2, 16, 3, 4, generator=rng(), dtype=torch.float64)
+    parts = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 8, 12).mT.unbind(1)
+    h = torch.nn.functional.scaled_dot_product_attention(*parts)
+    torch.testing.assert_close(attention(x), x + attention.out(h.mT.reshape(x.shape)))
 
 
 def test_numbers_of_any_kind_are_numbers():

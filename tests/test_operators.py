@@ -185,6 +185,18 @@ def test_phase_retrieval_does_not_see_shifts():
     assert torch.autograd.grad(operator(x * 0).sum(), x)[0].isfinite().all()
 
 
+def test_phase_retrieval_is_its_formula():
+    """The transform onto 2H x 2W frequencies written out as sums over the H x W pixels."""
+    x = torch.randn(2, 3, 4, 6, generator=rng(6), dtype=torch.float64)
+    sums = []
+    for n in (4, 6):
+        angles = torch.outer(torch.arange(2.0 * n).double(), torch.arange(n)) * math.pi / n
+        sums.append(torch.polar(torch.full_like(angles, (2 * n) ** -0.5), -angles))
+    wave = sums[0] @ x.to(torch.complex128) @ sums[1].T
+    expected = (wave.real**2 + wave.imag**2 + 1e-6).sqrt()
+    torch.testing.assert_close(PhaseRetrieval()(x), expected)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_guidance_by_conjugate_gradients_takes_them(name):
     """MMPS matrix-free and PiGDM, for a Gaussian prior, against the exact posterior's denoiser."""

@@ -92,6 +92,20 @@ def test_maps_points_and_fields(ax):
     draw.draw_map(ax, torch.randn(9).double().requires_grad_(), floor=None)
 
 
+def test_a_map_ends_below_its_floor_and_arrows_point_to_the_data(ax):
+    """Arrows are (D - z)/σ up to the length 1, times the grid's spacing 2 LIMIT / n."""
+    values = torch.randn(9, generator=rng(1), dtype=torch.float64)
+    draw.draw_map(ax, values, floor=1.5)
+    top = float(values.max())
+    assert ax.images[0].get_clim() == (pytest.approx(top - 1.5), pytest.approx(top))
+    mix = su.IsotropicMixture(torch.tensor([[0.5, 0.0]]), 0.1)
+    draw.draw_field(ax, mix, 2.0, n=6)
+    z, (field,) = draw.plane(n=6), ax.collections
+    arrows = (mix(z, 2.0) - z) / 2
+    arrows = arrows / arrows.norm(dim=1, keepdim=True).clamp(min=1) * 2 * draw.LIMIT / 6
+    np.testing.assert_allclose(np.stack([field.U, field.V], axis=1), arrows, atol=1e-6)
+
+
 def test_a_moving_picture_has_its_frames():
     draw.use_style()
 

@@ -326,6 +326,18 @@ def test_grids(sde):
         assert karras_times(sde, n)[0] == 1
 
 
+def test_a_corrector_stays_at_the_time_its_predictor_has_come_to():
+    seen = []
+
+    def corrector(sde, denoiser, x, t, generator):
+        seen.append(t)
+        return x
+
+    x = VESDE().prior((4, 1), dtype=torch.float64, generator=rng(0))
+    sample(VESDE(), gaussian(), x, times=[1.0, 0.7, 0.2], corrector=corrector, last_step=None)
+    assert seen == [0.7, 0.2]
+
+
 def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(two_modes):
     state = torch.get_rng_state()
     x = VPSDE().prior((7, 1), dtype=torch.float64, generator=rng(12))

@@ -106,6 +106,24 @@ def test_log_uniform_is_stratified():
     torch.testing.assert_close(0.01 * 5000**t, SDES["ve"].sigma(t))  # uniform in t
 
 
+def test_a_draw_lies_anywhere_in_its_cell():
+    """Places within the 10,000 cells: mean 1/2, variance 1/12, within 4 standard errors."""
+    n = 10_000
+    place = (log_uniform(1.0, math.e)(n, rng(8)).double().log() * n) % 1
+    assert float(place.mean()) == pytest.approx(1 / 2, abs=4 * math.sqrt(1 / 12 / n))
+    assert float(place.var()) == pytest.approx(1 / 12, abs=4 * math.sqrt((1 / 80 - 1 / 144) / n))
+
+
+def test_log_normal_is_clipped_to_its_range():
+    """ln σ ~ N(0, 1) clipped to ±1: a share Φ(-1) at either end, stratified."""
+    n = 10_000
+    sigma = log_normal(0.0, 1.0, math.exp(-1), math.e, wide=0.0)(n, rng(7))
+    share = 0.5 * math.erfc(1 / math.sqrt(2))
+    for end in (sigma.min(), sigma.max()):
+        assert abs(float(end.log())) == pytest.approx(1, abs=1e-5)
+        assert float((sigma == end).double().mean()) == pytest.approx(share, abs=1.5 / n)
+
+
 def small(seed=0):
     torch.manual_seed(seed)
     return Denoiser(MLP(width=8, depth=1))
@@ -131,7 +149,8 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone():
     assert not first.training
 
 
-def by_hand(denoiser, data, sampler, steps, n, g, fall=1.0, weight=None, clip=None, stop=None):
+def by_hand(denoiser, data, sampler, steps, n, g, fall=1.0, weight=None, clip=None, stop=None,
+            ema_decay=0.99):  # fmt: skip
     """`train` written out once more: losses, and averaged weights. lr 0.005, warm-up over 2 %."""
     optimizer = torch.optim.Adam(denoiser.parameters(), 5e-3, (0.9, 0.99), fused=True)
     rise, losses, average = max(1, round(0.02 * steps)), [], None
@@ -152,15 +171,15 @@ def by_hand(denoiser, data, sampler, steps, n, g, fall=1.0, weight=None, clip=No
         losses.append(loss.detach())
         if (i + 1) % 5 == 0:
             k, now = i // 5, [p.detach().clone() for p in denoiser.parameters()]
-            d = min(0.99, (1 + k) / (10 + k)) if k else 0.0
+            d = min(ema_decay, (1 + k) / (10 + k)) if k else 0.0
             average = [d * a + (1 - d) * b for a, b in zip(average or now, now, strict=True)]
     return torch.stack(losses), average or [p.detach() for p in denoiser.parameters()]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fall": 0.3}, {"weight": lambda sigma: 1 + sigma**2}, {"clip": 0.1}],
-    ids=["plain", "fall", "weight", "clip"],
+    [{}, {"fall": 0.3}, {"weight": lambda sigma: 1 + sigma**2}, {"clip": 0.1}, {"ema_decay": 0.3}],
+    ids=["plain", "fall", "weight", "clip", "decay"],
 )
 def test_training_is_what_its_docstring_says(options):
     """Losses and averaged weights against an independent loop, up to rounding in double."""
