@@ -145,6 +145,7 @@ def test_the_evidence_is_unbiased_and_modes_have_their_weights(name):
         assert abs(float(found.mean()) - right) < 4 * float(found.std()) / math.sqrt(40) + 0.02
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_twisted_monte_carlo_on_the_roll(roll):
     """x_1 = 0.3 ± 0.1, exact denoiser: shares of the roll and evidence, of both, against exact."""
     obs = su.Observation(lambda x: x[:, :1], torch.tensor([0.3], dtype=torch.float64), 0.1)

@@ -102,6 +102,7 @@ def test_the_shift_is_bounded_and_untouched_below_its_bound():
         assert shift == pytest.approx(min(sigma**2 * jacobian * 5 / 1e-4, 2 * sigma))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 @pytest.mark.parametrize("method", [Annealed, DPS])
 def test_samples_are_finite_and_on_the_observation(learned, name, method):
@@ -126,6 +127,7 @@ def test_samples_are_finite_and_on_the_observation(learned, name, method):
             assert "stiff" in str(error)  # noqa: PT017
 
 
+@pytest.mark.slow
 def test_width_of_dps_tends_to_one_over_root_two():
     """Prior N(0, 1), σ_y = 0.05: variance σ_y²/2, where the posterior has σ_y²/(1 + σ_y²)."""
     sde, noise, n = SDES["vp"], 0.05, 8000
@@ -284,6 +286,7 @@ def test_a_method_of_ones_own_is_a_class_of_one_method(two_modes):
     assert abs(float((x > 0).double().mean()) - right) > 3 * error  # guidance alone is off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 @pytest.mark.parametrize(("noise", "annealed"), [(0.05, 1.012), (0.5, 1.079)])
 def test_width_against_the_exact_posterior_in_one_dimension(name, noise, annealed):

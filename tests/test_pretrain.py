@@ -61,6 +61,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert {w.dtype for w in weights} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_bf16_trains_to_the_same_losses_within_its_precision(whole, tmp_path):
     assert run(tmp_path, "--precision", "bf16").returncode == 0
     assert logged(tmp_path) == pytest.approx(logged(whole), rel=0.02)

@@ -266,6 +266,7 @@ def test_last_step_shrinks_a_gaussian_as_its_formula_says(name, last_step):
     )  # the half step is right to O(σ⁴), the whole one 5 % too thin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_heun_with_18_steps_on_the_roll(roll, learned, name):
     """Sliced Wasserstein over that of two exact sets, means of ten seeds; thickness in nats."""

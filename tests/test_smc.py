@@ -85,6 +85,7 @@ def test_smc_has_the_right_mode_weights_and_evidence(two_modes, name, method):
     assert abs(float(particles.log_evidence - exact.log_evidence)) < 0.05
 
 
+@pytest.mark.slow
 def test_error_falls_as_particles_grow_and_the_evidence_is_unbiased(two_modes):
     exact, sde = two_modes.posterior(OBS), SDES["ve"]
     errors, ratios = [], []
