@@ -30,21 +30,27 @@ Chain = Callable[[Tensor, float, Random], Tensor]  # (z, ρ, generator) -> x, a 
 
 
 def reverse_chain(
-    sde: SDE, denoiser: Denoise, steps: int = 8, predictor: Predictor = moment_matched
+    sde: SDE,
+    denoiser: Denoise,
+    steps: int = 4,
+    predictor: Predictor = moment_matched,
+    detail: float = 0.01,
 ) -> Chain:
-    r"""x_0 given x_0 + ρ ε = z, by the reverse process at `steps` noise levels from ρ downward.
+    r"""x_0 given x_0 + ρ ε = z, by the reverse process from σ = ρ downward.
 
-    Levels as Karras et al.'s (2022, eq. 5), to the least of ρ / 10 and a hundredth of the data's
-    size, or to σ(0). With `moment_matched` 2 steps - 1 network calls.
+    Levels as Karras et al.'s (2022, eq. 5), `steps` of them for each factor of ten, to ρ / 10 and
+    on to `detail` times the data's size, or to σ(0). n levels are 2n - 1 calls of `moment_matched`.
+    Args: steps: at least 2. detail: > 0; inf stops at ρ / 10.
     """
     check_sde(sde)
-    steps = check.count("steps", steps, 2)
-    size = getattr(denoiser, "sigma_data", 1.0)
+    steps, detail = check.count("steps", steps, 2), check.number("detail", detail, ends="(]")
+    size, least = getattr(denoiser, "sigma_data", 1.0), float(sde.sigma(0.0))
 
     def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
-        low = max(min(rho / 10, size / 100), float(sde.sigma(0.0)))
-        check.require(low < rho, f"rho must exceed σ(0) = {low:g}, got {rho:g}")
-        times = [float(sde.time(level)) for level in karras_levels(rho, low, steps)]
+        low = max(min(rho / 10, detail * size), least)
+        check.require(low < rho, f"rho must exceed σ(0) = {least:g}, got {rho:g}")
+        n = 1 + max(1, round(steps * math.log10(rho / low)))
+        times = [float(sde.time(level)) for level in karras_levels(rho, low, n)]
         x = z * float(sde.scale(times[0]))
         return sample(sde, denoiser, x, times=times, predictor=predictor, generator=generator)
 
@@ -136,9 +142,9 @@ def tempered_smc(
     obs: Observation,
     x: Tensor,
     *,
-    steps: int = 8,
+    steps: int = 4,
     sweeps: int = 1,
-    final: int = 10,
+    final: int = 5,
     keep: float = 0.7,
     chain: Chain | None = None,
     generator: Random = None,
@@ -147,22 +153,24 @@ def tempered_smc(
 
     From one level to the next a particle weighs N(y; A x, S_ρ') / N(y; A x, S_ρ): the prior
     cancels, and no network is asked. All are resampled, and moved by `sweeps` sweeps of
-    `SplitGibbs` at the new level, by `final` more at ρ*. Levels are chosen so that the effective
-    size is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
+    `SplitGibbs` at the new level, at ρ* by `final` in full detail. Levels are chosen so that
+    the effective size is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
 
     Args:
         denoiser: D(z, σ); no derivative of it is taken.
-        x: (n, *dims), as from `sde.prior`; it becomes draws of the prior by 3 `steps` levels.
-        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None.
-        sweeps, final: at least 1, at least 0.   keep: in (0, 1).
+        x: (n, *dims), as from `sde.prior`; it becomes draws of the prior by 4 `steps` levels.
+        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None, and above ρ* only down
+            to ρ / 10: what is finer the next sweep's noise hides.
+        sweeps, final: at least 1.   keep: in (0, 1).
     Returns: particles of equal weight.
     Raises as `sample` and `SplitGibbs` do; warns of a collapse as `twisted_smc` does.
     Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, section 3, for the sampler.
     """
-    sweeps, final = check.count("sweeps", sweeps), check.count("final", final, 0)
+    sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
     keep, size = check.number("keep", keep, 0, 1), getattr(denoiser, "sigma_data", 1.0)
-    times = check_run(sde, denoiser, x, karras_times(sde, 3 * steps, size), generator)
-    kernel = SplitGibbs(obs, x.shape[1:], chain or reverse_chain(sde, denoiser, steps))
+    times = check_run(sde, denoiser, x, karras_times(sde, 4 * steps, size), generator)
+    rough = chain or reverse_chain(sde, denoiser, steps, detail=math.inf)
+    full, kernel = chain or reverse_chain(sde, denoiser, steps), SplitGibbs(obs, x.shape[1:], rough)
     least = float(sde.sigma(0.0))
     found = f"σ_y / |A| = {kernel.rho:g}, σ(0) = {least:g}"
     check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
@@ -177,9 +185,11 @@ def tempered_smc(
         sizes.append(effective(log_w))
         index = systematic(log_w, n, generator)
         x, ancestors = x[index.to(x.device)], ancestors[index]
-        for _ in range(sweeps if rho > kernel.rho else sweeps + final):
+        for _ in range(sweeps if rho > kernel.rho else 0):
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
+    for _ in range(final):
+        x = full(kernel.couple(x, rho, generator), rho, generator)
     ess = torch.stack(sizes)
     warn_of_collapse(ess, n, "or more sweeps")
     return Particles(x, torch.full_like(now, -math.log(n)), ess, log_evidence, ancestors)

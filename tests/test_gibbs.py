@@ -163,18 +163,39 @@ def test_it_agrees_with_the_twisted_monte_carlo_on_the_roll(roll):
 
 
 def test_calls_and_levels_of_the_chain():
-    """2 steps - 1 calls; the first at σ = ρ, the last at the least of ρ/10 and sigma_data/100."""
+    """`steps` levels for each factor of ten from ρ to ρ/10, and on to sigma_data/100 where that is
+    lower; 2n - 1 calls."""
     prior = Recorder(gaussian(variance=4.0))
     prior.sigma_data, levels = 2.0, []
-    chain = su.reverse_chain(
-        SDES["vp"], lambda z, sigma: levels.append(float(sigma)) or prior(z, sigma), 6
-    )
-    chain(torch.zeros(3, 1, dtype=torch.float64), 0.05, rng())
-    assert prior.calls == len(levels) == 11
-    assert levels[0] == pytest.approx(0.05)
-    assert levels[-1] == pytest.approx(0.005)
+
+    def denoiser(z, sigma):
+        levels.append(float(sigma))
+        return prior(z, sigma)
+
+    denoiser.sigma_data = 2.0
+    for rho, detail, low, n in (
+        (0.05, 0.01, 0.005, 7),
+        (2.0, 0.01, 0.02, 13),
+        (2.0, math.inf, 0.2, 7),
+    ):
+        levels.clear()
+        chain = su.reverse_chain(SDES["vp"], denoiser, 6, detail=detail)
+        chain(torch.full((3, 1), rho, dtype=torch.float64), rho, rng())
+        assert len(levels) == 2 * n - 1
+        assert levels[0] == pytest.approx(rho, rel=1e-5)
+        assert levels[-1] == pytest.approx(low, rel=1e-5)
     with pytest.raises(ValueError, match="rho must exceed"):
         su.reverse_chain(SDES["ve"], prior)(torch.zeros(3, 1), 0.005)
+
+
+def test_calls_of_a_run(two_modes):
+    """Prior 31, then 9 a sweep: each level above ρ* one, `final` at ρ*, there a decade, too."""
+    denoiser = Recorder(two_modes)
+    denoiser.sigma_data = two_modes.sigma_data
+    obs = su.Observation(lambda x: x, torch.tensor([1.0], dtype=torch.float64), 0.1)
+    x = SDES["ve"].prior((200, 1), dtype=torch.float64, generator=rng(13))
+    particles = su.tempered_smc(SDES["ve"], denoiser, obs, x, final=3, generator=rng(14))
+    assert denoiser.calls == 31 + 9 * (len(particles.ess) - 1 + 3)
 
 
 @pytest.mark.parametrize("rho", [0.1, 1.0, 10.0])
@@ -188,7 +209,7 @@ def test_the_chain_draws_x_given_z(rho):
         error = 4 / math.sqrt(len(z))
         assert abs(float(x.mean()) - 1 / math.hypot(1, rho)) < error * math.sqrt(variance)
         assert float(x.var()) / variance == pytest.approx(1, abs=error * math.sqrt(2) + 0.1)
-        plain = su.reverse_chain(sde, prior, 15, su.ancestral)(z, rho, rng(10))
+        plain = su.reverse_chain(sde, prior, 8, su.ancestral)(z, rho, rng(10))
         assert float(plain.var()) / variance < 0.8
 
 
