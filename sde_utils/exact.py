@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class GaussianMixture:
     basis: Tensor = None  # type: ignore[assignment]
     basis_variance: Tensor = None  # type: ignore[assignment]
     log_evidence: Tensor | None = None
+    _kept: dict[object, tuple[Tensor, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check.batch("means", self.means)
@@ -51,7 +52,7 @@ class GaussianMixture:
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
         check.require((c >= 0).all(), "basis_variance must be non-negative")
         vars(self).update(weights=weights / weights.sum(), basis=basis, basis_variance=c)
-        vars(self).update(variance=check.number("variance", self.variance, ends="[)"))
+        vars(self).update(variance=check.number("variance", self.variance, ends="[)"), _kept={})
 
     @property
     def sigma_data(self) -> float:
@@ -82,25 +83,32 @@ class GaussianMixture:
         along = noise @ self.basis * (self.basis_variance.sqrt() - sd)
         return centres + (sd * noise + along @ self.basis.T).reshape(centres.shape)
 
+    def _prepared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """μ, V, c, and (μ, |μ|², (Vᵀμ)², log w)ᵀ, in which all that depends on k is linear."""
+        if (device, dtype) not in self._kept:  # for the next call
+            with torch.inference_mode(False), torch.no_grad():
+                own = (self.means.flatten(1), self.basis, self.basis_variance, self.weights)
+                means, basis, c, w = (a.to(device, dtype) for a in own)
+                squares = (means**2).sum(1, keepdim=True), (means @ basis) ** 2
+                columns = torch.cat([means, *squares, w.log()[:, None]], dim=1).T
+                self._kept[device, dtype] = means, basis, c, columns
+        return self._kept[device, dtype]
+
     def _blocks(self, z: Tensor, sigma: float | Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks of rows in turn, with S = Σ + σ² I.
 
         log w_k + log N(z; μ_k, S), (b, K); the score S⁻¹ (E[μ_k | z] - z), (b, d); σ², (b, 1).
         """
         check.batch("z", z, finite=False)
-        dims = tuple(self.means.shape[1:])
-        check.require(z.shape[1:] == dims, f"z must have shape (B, *{dims})", z)
-        wide = widest(z, self.means)
-        own = (self.means.flatten(1), self.basis, self.basis_variance, self.weights)
-        means, basis, c, w = (a.to(z.device, wide) for a in own)
+        dims = self.means.shape[1:]
+        check.require(z.shape[1:] == dims, f"z must have shape (B, *{tuple(dims)})", z)
+        means, basis, c, columns = self._prepared(z.device, widest(z, self.means))
         level = as_level(sigma, z)
         if not isinstance(sigma, Tensor):
-            level = level.to(wide).fill_(sigma)  # a small number keeps its square
+            level = level.to(means).fill_(sigma)  # a small number keeps its square
             check.require(self.variance + sigma**2 > 0, "atoms (variance 0) need sigma > 0")
-        squares = (level.to(wide) ** 2).reshape(-1, 1).expand(len(z), 1)
-        # all that depends on k is linear in (μ, |μ|², (Vᵀμ)², log w): one product of matrices
-        parts = [means, (means**2).sum(1, keepdim=True), (means @ basis) ** 2, w.log()[:, None]]
-        columns, rows, n = torch.cat(parts, dim=1).T, z.flatten(1).to(wide), len(means)
+        squares = (level.to(means) ** 2).reshape(-1, 1).expand(len(z), 1)
+        rows, n = z.flatten(1).to(means), len(means)
         for x, square in zip(*(a.split(max(1, BLOCK // n)) for a in (rows, squares)), strict=True):
             plain = 1 / (self.variance + square)  # (b, 1), of S⁻¹ outside V
             extra = 1 / (c + square) - plain  # (b, m), what S⁻¹ has more inside
@@ -158,8 +166,8 @@ class GaussianMixture:
         check.require(possible, "y is impossible: every component gives it the density 0")
         moved = (means + (v * s / total * e) @ vh).reshape(self.means.shape)
         parts = (moved, (log_w - evidence).exp(), vh.T, v * noise / total)
-        parts = tuple(a.to(self.means.dtype).to(self.means.device) for a in parts)
-        moved, weights, basis, c = parts
+        moved, *rest = (a.to(self.means.dtype).to(self.means.device) for a in parts)
+        weights, basis, c = rest
         return GaussianMixture(moved, v, weights, basis, c, evidence)
 
 
@@ -168,9 +176,7 @@ def IsotropicMixture(
 ) -> GaussianMixture:
     r"""Equal round Gaussians: a curve smeared by noise, or, with v = 0, a training set.
 
-        p(z; σ) = Σ_k w_k N(z; μ_k, (v + σ²) I).
-
-    Arguments as for `GaussianMixture`.
+        p(z; σ) = Σ_k w_k N(z; μ_k, (v + σ²) I).   Arguments as for `GaussianMixture`.
     """
     return GaussianMixture(means, variance, weights)
 
@@ -183,7 +189,7 @@ def weighted_posterior(
         w_i ∝ p(y | x_i),   log p(y) ≈ log mean_i p(y | x_i).
 
     Returns: x (n, *dims); log-weights (n,), normalised; the log-evidence, a scalar.
-    Raises `ValueError` if y is not one observation, or no draw has a positive likelihood.
+    Raises `ValueError` if y is not one observation, or impossible for all draws.
     """
     x = density.sample(n, generator)
     obs.check_single(x)
