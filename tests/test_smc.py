@@ -159,8 +159,8 @@ def test_the_evidence_is_that_of_the_chain_whatever_twists_it(method):
 def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
     """Eight observations y = x1 x2, 4,000 particles, 100 steps: branch masses and evidence.
 
-    One run's log-evidence has a standard error of 0.01 to 0.04: 0.1 is at least 2.5 of them, and
-    0.09 bounds the root mean square of eight. Without the probes' C the observation -1.0 comes out
+    One run's log-evidence has a standard error of 0.01 to 0.04: 0.15 is at least 3.5 of them, and
+    0.06 bounds the root mean square of eight. Without the probes' C the observation -1.0 comes out
     with evidence off by 1.6 to 2.1 nats.
     """
     wrong, gaps, sde = [], [], SDES[name]
@@ -196,9 +196,9 @@ def test_smc_on_the_roll_with_the_learned_denoiser(roll, learned, name):
         gaps.append(float(particles.log_evidence - evidence))
         print(f"{name} y = {y}, σ_y = {noise}: wrong {wrong[-1]:.3f}, evidence {gaps[-1]:+.3f}")
     assert sum(wrong) / len(wrong) <= 0.05
-    assert max(wrong) <= 0.12  # a single run now and then
-    assert max(abs(gap) for gap in gaps) < 0.2
-    assert math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) < 0.09
+    assert max(wrong) <= 0.08
+    assert max(abs(gap) for gap in gaps) < 0.15
+    assert math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) < 0.06
 
 
 def mixture_problem(d, m, seed):
@@ -218,7 +218,7 @@ def mixture_problem(d, m, seed):
 @pytest.mark.parametrize(("d", "problems"), [(8, 8), (80, 8), (800, 3)])
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_mixtures(d, m, problems):
-    """Mean sliced Wasserstein-1 to exact draws at most 2.5 times that of two exact sets."""
+    """Mean sliced Wasserstein-1 to exact draws at most twice that of two exact sets."""
     far, unit, sde, g = [], [], VESDE(0.01, 2000.0), rng(50)
     for seed in range(problems):
         mix, obs = mixture_problem(d, m, seed)
@@ -229,7 +229,7 @@ def test_mixtures(d, m, problems):
         far += [float(sliced_wasserstein(particles.resample(2000, g), a, 300, g)) for a in sets[:3]]
         unit += [float(sliced_wasserstein(a, sets[3], 300, g)) for a in sets[:3]]
     print(f"d = {d}, {m} observed: {sum(far) / sum(unit):.2f} times exact against exact")
-    assert sum(far) < 2.5 * sum(unit)
+    assert sum(far) < 2 * sum(unit)
 
 
 def test_steps_have_the_reverse_process_covariance():
