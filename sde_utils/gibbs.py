@@ -22,7 +22,7 @@ from . import _check as check
 from ._numerics import Denoise, Predictor, Random, randn_like
 from .observation import Observation
 from .predictors import moment_matched
-from .sampling import check_run, karras_levels, karras_times, sample
+from .sampling import karras_levels, karras_times, sample
 from .sde import SDE, check_sde
 from .smc import Particles, effective, log_mean, systematic, warn_of_collapse
 
@@ -68,8 +68,8 @@ class SplitGibbs:
         shape: of one x_0, dims.
         chain: (z, ρ, generator) -> x, as from `reverse_chain`.
     A costs one singular value decomposition, O(d m²), and O(d min(d, m)) numbers.
-    Source: the coupling below ρ* is that of Kawar et al. 2021 (arXiv 2105.14951); split Gibbs with
-    y independent of ρ ε, so exact for ρ -> 0 only, of Wu et al. 2024 (arXiv 2405.18782).
+    Source: noise that is part of the measurement's: Kawar et al. 2021 (arXiv 2105.14951); split
+    Gibbs, y independent of ρ ε and so exact for ρ -> 0 only: Wu et al. 2024 (arXiv 2405.18782).
     """
 
     obs: Observation
@@ -162,34 +162,39 @@ def tempered_smc(
         chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None, and above ρ* only down
             to ρ / 10: what is finer the next sweep's noise hides.
         sweeps, final: at least 1.   keep: in (0, 1).
-    Returns: particles of equal weight.
-    Raises as `sample` and `SplitGibbs` do; warns of a collapse as `twisted_smc` does.
-    Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, section 3, for the sampler.
+    Returns: particles of equal weight. Raises as `sample` and `SplitGibbs` do; warns of a collapse.
+    Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, for the sampler.
     """
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
-    keep, size = check.number("keep", keep, 0, 1), getattr(denoiser, "sigma_data", 1.0)
-    times = check_run(sde, denoiser, x, karras_times(sde, 4 * steps, size), generator)
+    keep = check.number("keep", keep, 0, 1)
+    check.batch("x", x)
     rough = chain or reverse_chain(sde, denoiser, steps, detail=math.inf)
     full, kernel = chain or reverse_chain(sde, denoiser, steps), SplitGibbs(obs, x.shape[1:], rough)
-    least = float(sde.sigma(0.0))
-    found = f"σ_y / |A| = {kernel.rho:g}, σ(0) = {least:g}"
-    check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
-    x = sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)
-    n, rho, sizes, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
+    x = prior_draws(sde, denoiser, kernel, x, 4 * steps, generator)
+    n, rho, weights, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
     now = torch.zeros(n, dtype=torch.float64, device="cpu")
-    log_evidence = now.new_zeros(())
     while rho > kernel.rho:
         rho = kernel.next_level(x, now, rho, keep * n)
-        log_w = kernel.log_likelihood(x, rho) - now
-        log_evidence = log_evidence + log_mean(log_w)
-        sizes.append(effective(log_w))
-        index = systematic(log_w, n, generator)
+        weights.append(kernel.log_likelihood(x, rho) - now)
+        index = systematic(weights[-1], n, generator)
         x, ancestors = x[index.to(x.device)], ancestors[index]
         for _ in range(sweeps if rho > kernel.rho else 0):
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
     for _ in range(final):
         x = full(kernel.couple(x, rho, generator), rho, generator)
-    ess = torch.stack(sizes)
+    ess = torch.stack([effective(log_w) for log_w in weights])
+    log_evidence = torch.stack([log_mean(log_w) for log_w in weights]).sum()
     warn_of_collapse(ess, n, "or more sweeps")
     return Particles(x, torch.full_like(now, -math.log(n)), ess, log_evidence, ancestors)
+
+
+def prior_draws(
+    sde: SDE, denoiser: Denoise, kernel: SplitGibbs, x: Tensor, steps: int, generator: Random
+) -> Tensor:
+    """Noise x becomes draws of the prior, if the SDE's levels reach ρ*."""
+    least = float(sde.sigma(0.0))
+    found = f"σ(0) = {least:g} must lie below σ_y / |A| = {kernel.rho:g}"
+    check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
+    times = karras_times(sde, steps, getattr(denoiser, "sigma_data", 1.0))
+    return sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)

@@ -233,4 +233,4 @@ def test_a_collapse_is_told(roll):
     obs = su.Observation(lambda x: x, torch.tensor([9.0, 9.0], dtype=torch.float64), 0.02)
     x = SDES["ve"].prior((40, 2), dtype=torch.float64, generator=rng(11))
     with pytest.warns(UserWarning, match="collapsed"):
-        su.tempered_smc(SDES["ve"], roll, obs, x, keep=0.01, final=0, generator=rng(12))
+        su.tempered_smc(SDES["ve"], roll, obs, x, keep=0.01, final=1, generator=rng(12))
