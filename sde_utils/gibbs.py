@@ -47,8 +47,9 @@ def reverse_chain(
     size, least = getattr(denoiser, "sigma_data", 1.0), float(sde.sigma(0.0))
 
     def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
+        check.batch("z", z)
+        rho = check.number("rho", rho, least, float(sde.sigma(1.0)), "(]")
         low = max(min(rho / 10, detail * size), least)
-        check.require(low < rho, f"rho must exceed σ(0) = {least:g}, got {rho:g}")
         n = 1 + max(1, round(steps * math.log10(rho / low)))
         times = [float(sde.time(level)) for level in karras_levels(rho, low, n)]
         x = z * float(sde.scale(times[0]))
@@ -81,7 +82,8 @@ class SplitGibbs:
     outside: float = field(init=False)  # |y - U e|²
 
     def __post_init__(self) -> None:
-        check.function("chain", self.chain, "a function (z, rho, generator) -> x")
+        check.function("chain", self.chain, "a function (z, rho, generator) -> x", 3)
+        check.kind(isinstance(self.obs, Observation), "obs must be an Observation", self.obs)
         matrix = self.obs.matrix(self.shape)
         self.obs.check_single(torch.zeros(1, *self.shape, dtype=self.obs.y.dtype))
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -96,7 +98,7 @@ class SplitGibbs:
 
     def log_likelihood(self, x: Tensor, rho: float) -> Tensor:
         """log N(y; A x, S_ρ), S_ρ with the eigenvalues v_i and σ_y², (n,), float64, CPU."""
-        noise = self.obs.noise_std**2
+        rho, noise = check.at_level(x, self.shape, rho), self.obs.noise_std**2
         v = (rho * self.s).square().clamp(min=noise)
         residual = self.e - self.s * (x.flatten(1) @ self.vh.T.to(x)).cpu().double()
         extra = self.obs.y.numel() - len(self.s)
@@ -105,6 +107,7 @@ class SplitGibbs:
 
     def couple(self, x: Tensor, rho: float, generator: Random = None) -> Tensor:
         """z given x and y, (n, *dims)."""
+        rho = check.at_level(x, self.shape, rho)
         s, vh, e = (a.to(x) for a in (self.s, self.vh, self.e))
         spread = (rho * s).square()
         v = spread.clamp(min=self.obs.noise_std**2)
@@ -116,7 +119,7 @@ class SplitGibbs:
     def __call__(self, x: Tensor, rho: float | None = None, generator: Random = None) -> Tensor:
         """One sweep at ρ, ρ* if None: π_ρ stays π_ρ.   Args: x: (n, *dims)."""
         rho = self.rho if rho is None else check.number("rho", rho)
-        return self.chain(self.couple(x, rho, generator), rho, generator)
+        return check.drawn(self.chain, self.couple(x, rho, generator), rho, generator)
 
     def next_level(self, x: Tensor, now: Tensor, rho: float, least: float) -> float:
         """The lowest level from ρ* to ρ at which as many particles as `least` stay effective."""
@@ -126,8 +129,7 @@ class SplitGibbs:
         high = min(high, rho)
         for _ in range(30 if high > low else 0):
             middle = math.sqrt(low * high)
-            enough = self.left(x, now, middle) >= least
-            low, high = (low, middle) if enough else (middle, high)
+            low, high = (low, middle) if self.left(x, now, middle) >= least else (middle, high)
         return high
 
     def left(self, x: Tensor, now: Tensor, rho: float) -> float:
@@ -166,20 +168,24 @@ def tempered_smc(
     Raises as `sample` and `SplitGibbs` do; warns of a collapse as `twisted_smc` does.
     Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, section 3, for the sampler.
     """
+    unguided = not hasattr(denoiser, "look")
+    check.kind(unguided, "denoiser must be the prior's: a guided one counts y twice", denoiser)
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
+    steps = check.count("steps", steps, 2)
     keep, size = check.number("keep", keep, 0, 1), getattr(denoiser, "sigma_data", 1.0)
     times = check_run(sde, denoiser, x, karras_times(sde, 4 * steps, size), generator)
     rough = chain or reverse_chain(sde, denoiser, steps, detail=math.inf)
     full, kernel = chain or reverse_chain(sde, denoiser, steps), SplitGibbs(obs, x.shape[1:], rough)
-    least = float(sde.sigma(0.0))
-    found = f"σ_y / |A| = {kernel.rho:g}, σ(0) = {least:g}"
-    check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
+    least, top = float(sde.sigma(0.0)), float(sde.sigma(1.0))
+    found = f"σ_y / |A| = {kernel.rho:g}, σ from {least:g} to {top:g}"
+    check.require(least < kernel.rho < top, f"sde must be one that begins lower: {found}")
     x = sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)
     n, rho, sizes, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
     now = torch.zeros(n, dtype=torch.float64, device="cpu")
     log_evidence = now.new_zeros(())
     while rho > kernel.rho:
         rho = kernel.next_level(x, now, rho, keep * n)
+        check.require(rho <= top, "y is impossible under the prior, or no particle is near it")
         log_w = kernel.log_likelihood(x, rho) - now
         log_evidence = log_evidence + log_mean(log_w)
         sizes.append(effective(log_w))
@@ -189,7 +195,6 @@ def tempered_smc(
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
     for _ in range(final):
-        x = full(kernel.couple(x, rho, generator), rho, generator)
-    ess = torch.stack(sizes)
-    warn_of_collapse(ess, n, "or more sweeps")
+        x = check.drawn(full, kernel.couple(x, rho, generator), rho, generator)
+    warn_of_collapse(ess := torch.stack(sizes), n, "or more sweeps")
     return Particles(x, torch.full_like(now, -math.log(n)), ess, log_evidence, ancestors)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._numerics import Denoise, Predictor, Random, conjugate_gradient, differentiable, product
-from .guided import Guided, Isotropic, Spectral, Tangent
+from .guided import Guided, Isotropic, Spectral, Tangent, warn_of_flat
 from .observation import Observation
 from .sde import SDE
 
@@ -159,7 +159,7 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     Args: predictor: as `sample` takes it. zeta: ζ > 0.   Returns: a predictor.
     Source: Chung et al. 2023 (arXiv 2209.14687), algorithm 1.
     """
-    check.function("predictor", predictor, "a function of one step, as su.ancestral")
+    check.function("predictor", predictor, "a function of one step, as su.ancestral", 6)
     zeta = check.number("zeta", zeta)
     check.kind(isinstance(obs, Observation), "obs must be an Observation", obs)
 
@@ -171,7 +171,9 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
         point = x0_hat.detach().requires_grad_()
         with torch.enable_grad():
             norm = obs.residual(point.clone()).norm(dim=1).sum()
-        gradient = product(x0_hat, z, torch.autograd.grad(norm, point)[0], last=True)
+            (slope,) = torch.autograd.grad(norm, point)
+        warn_of_flat(slope)
+        gradient = product(x0_hat, z, slope, last=True)
         known = [x0_hat.detach()]
 
         def told(z: Tensor, sigma: Tensor) -> Tensor:

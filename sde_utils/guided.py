@@ -167,8 +167,13 @@ class Guided:
         """
         with torch.inference_mode(False), torch.enable_grad():
             point = (x / x.square().mean().sqrt().clamp(min=1e-6)).detach().clone()
-            distance = self.obs.residual(point.requires_grad_()).square().sum()
+            distance = self.obs.residual(point.requires_grad_().clone()).square().sum()
             (slope,) = torch.autograd.grad(distance, point)
-        if not slope.any():
-            found = "operator has the gradient 0 everywhere (round, sign, a threshold?)"
-            warnings.warn(f"{found}: guidance will do nothing", stacklevel=5)
+        warn_of_flat(slope)
+
+
+def warn_of_flat(slope: Tensor) -> None:
+    """Where the operator has no slope at all."""
+    if not slope.any():
+        found = "operator has the gradient 0 everywhere (round, sign, a threshold?)"
+        warnings.warn(f"{found}: guidance will do nothing", stacklevel=6)

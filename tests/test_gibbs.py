@@ -184,7 +184,7 @@ def test_calls_and_levels_of_the_chain():
         assert len(levels) == 2 * n - 1
         assert levels[0] == pytest.approx(rho, rel=1e-5)
         assert levels[-1] == pytest.approx(low, rel=1e-5)
-    with pytest.raises(ValueError, match="rho must exceed"):
+    with pytest.raises(ValueError, match="rho must lie in"):
         su.reverse_chain(SDES["ve"], prior)(torch.zeros(3, 1), 0.005)
 
 
@@ -233,4 +233,4 @@ def test_a_collapse_is_told(roll):
     obs = su.Observation(lambda x: x, torch.tensor([9.0, 9.0], dtype=torch.float64), 0.02)
     x = SDES["ve"].prior((40, 2), dtype=torch.float64, generator=rng(11))
     with pytest.warns(UserWarning, match="collapsed"):
-        su.tempered_smc(SDES["ve"], roll, obs, x, keep=0.01, final=0, generator=rng(12))
+        su.tempered_smc(SDES["ve"], roll, obs, x, keep=0.01, final=1, generator=rng(12))
