@@ -4,6 +4,8 @@
 `linear` and `first_answer` look at the values in a tensor.
 """
 
+import contextlib
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from math import inf
@@ -87,9 +89,16 @@ def generator(value: object) -> None:
     kind(good, "generator must be a torch.Generator, as torch.Generator().manual_seed(0)", value)
 
 
-def function(name: str, value: object, example: str) -> None:
-    """Callable, and no class: `Langevin` is not `Langevin()`."""
-    kind(callable(value) and not isinstance(value, type), f"{name} must be {example}", value)
+def function(name: str, value: object, example: str, takes: int = 0) -> None:
+    """Callable with so many arguments, and no class: `Langevin` is not `Langevin()`."""
+    good = callable(value) and not isinstance(value, type)
+    if good and takes:
+        with contextlib.suppress(ValueError):  # a builtin may have no signature
+            try:
+                inspect.signature(value).bind(*range(takes))  # type: ignore[arg-type]
+            except TypeError:
+                good = False
+    kind(good, f"{name} must be {example}", value)
 
 
 def shape(value: Sequence[int]) -> tuple[int, ...]:
@@ -97,6 +106,21 @@ def shape(value: Sequence[int]) -> tuple[int, ...]:
     good = isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value)
     kind(good, "shape must be a tuple of ints, as (1000, 2)", value)
     return tuple(value)
+
+
+def applied(operator: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+    """A(x_0): a floating-point tensor of as many rows, x_0 as it was."""
+    tensor("x0", x0)
+    x0 = x0.clone() if x0.is_inference() else x0  # an inference tensor has no version
+    version = -1 if x0.is_inference() else x0._version
+    predicted = operator(x0)
+    kept = x0.is_inference() or x0._version == version
+    require(kept, "operator must not change x_0 in place: begin it with x = x.clone()")
+    if not isinstance(predicted, Tensor) or predicted.shape[:1] != x0.shape[:1]:
+        expected = f"(B, *dims) to (B, *obs_dims), B = {len(x0)}"
+        raise ValueError(f"operator must map {expected}, got {what(predicted)}")
+    tensor("A(x_0) (torch.view_as_real for complex numbers)", predicted)
+    return predicted
 
 
 def linear(operator: Callable[[Tensor], Tensor], like: Tensor) -> None:
@@ -109,8 +133,8 @@ def linear(operator: Callable[[Tensor], Tensor], like: Tensor) -> None:
     normal = torch.randn(sizes, generator=random, dtype=torch.float64, device="cpu")
     u, v = (10 * normal**3).to(like.dtype).to(like.device)
     with torch.no_grad():
-        a, b, both = operator(u), operator(v), operator(u + v)
-        zero = operator(torch.zeros_like(u[:1]))
+        points = (u, v, u + v, torch.zeros_like(u[:1]))
+        a, b, both, zero = (applied(operator, x) for x in points)
     bound = 1e3 * torch.finfo(like.dtype).eps * (a.abs().max() + b.abs().max())
     good = ((both - a - b).abs().max() <= bound) & (zero == 0).all()
     require(good, "operator must be linear here, but A(u + v) is not A(u) + A(v), or A(0) not 0: "
@@ -123,24 +147,51 @@ def denoised(x0_hat: object, z: Tensor) -> None:
     kind(good, f"denoiser must return E[x_0 | z], {what(z)} as z", x0_hat)
 
 
+def answer(denoiser: Callable[..., Tensor], z: Tensor, sigma: Tensor) -> Tensor:
+    """D(z, σ), a tensor like z."""
+    try:
+        x0_hat = denoiser(z, sigma)
+    except (IndexError, AttributeError) as error:
+        if sigma.ndim:
+            raise
+        remedy = "use sigma.expand(len(z)); a bare network F(x, c) goes into su.Denoiser(F)"
+        message = f"denoiser must take a scalar sigma, too ({error}): {remedy}"
+        raise TypeError(message) from error
+    denoised(x0_hat, z)
+    return x0_hat
+
+
 def first_answer(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The denoiser, its first answer looked at: type, shape, dtype and values."""
+    """The denoiser, the values of its first answer looked at."""
     seen = False
 
     def watched(z: Tensor, sigma: Tensor) -> Tensor:
         nonlocal seen
-        try:
-            x0_hat = denoiser(z, sigma)
-        except (IndexError, AttributeError) as error:
-            remedy = "use sigma.expand(len(z)); a bare network F(x, c) goes into su.Denoiser(F)"
-            message = f"denoiser must take a scalar sigma, too ({error}): {remedy}"
-            raise TypeError(message) from error
-        if not seen:
-            denoised(x0_hat, z)
-            if not x0_hat.isfinite().all():
-                raise FloatingPointError(f"denoiser returned NaN or infinity, sigma = {sigma}")
-            seen = True
+        x0_hat = answer(denoiser, z, sigma)
+        if not seen and not x0_hat.isfinite().all():
+            inner = getattr(denoiser, "denoiser", None)  # of a guided one
+            right = inner is not None and inner(z, sigma).isfinite().all()
+            name = "operator (or its derivative)" if right else "denoiser"
+            raise FloatingPointError(f"{name} returned NaN or infinity, sigma = {sigma}")
+        seen = True
         return x0_hat
 
     function("denoiser", denoiser, "a function D(z, sigma)")
     return watched
+
+
+def drawn(chain: Callable[..., Tensor], z: Tensor, rho: float, random: object) -> Tensor:
+    """chain(z, ρ, generator): a finite tensor like z."""
+    x = chain(z, rho, random)
+    good = isinstance(x, Tensor) and x.shape == z.shape and x.dtype == z.dtype
+    kind(good, f"chain must return x like z, {what(z)}", x)
+    if not x.isfinite().all():
+        raise FloatingPointError(f"chain returned NaN or infinity, rho = {rho:g}")
+    return x
+
+
+def at_level(x: Tensor, dims: Sequence[int], rho: float) -> float:
+    """x is (n, *dims) and finite, ρ > 0. Returns ρ."""
+    batch("x", x)
+    require(x.shape[1:] == tuple(dims), f"x must have shape (n, *{tuple(dims)})", x)
+    return number("rho", rho)

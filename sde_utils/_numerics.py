@@ -34,7 +34,9 @@ def as_level(sigma: float | Tensor, z: Tensor) -> Tensor:
 
 def call(denoiser: Denoise, z: Tensor, sigma: float) -> Tensor:
     """D(z, σ), σ as a scalar tensor."""
-    return denoiser(z, z.new_full((), sigma))
+    check.function("denoiser", denoiser, "a function D(z, sigma)")
+    check.tensor("x", z)
+    return check.answer(denoiser, z, z.new_full((), sigma))
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
@@ -50,6 +52,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
 def randn_like(x: Tensor, generator: Random = None) -> Tensor:
     """Standard normal noise like `x`, drawn where the generator lives."""
     check.generator(generator)
+    check.tensor("x", x)
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -64,8 +67,7 @@ def differentiable(denoiser: Denoise, z: Tensor, sigma: Tensor) -> tuple[Tensor,
     """A copy of z, and D(z, σ) with the graph between them, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad(), several_products():
         z = z.detach().clone().requires_grad_()
-        x0_hat = denoiser(z, sigma)
-    check.denoised(x0_hat, z)
+        x0_hat = check.answer(denoiser, z, sigma)
     message = "denoiser must have a graph: not under torch.no_grad, not a guided denoiser"
     check.require(x0_hat.requires_grad, f"{message} (two observations go into one Observation)")
     return z, x0_hat

@@ -30,6 +30,7 @@ def mnist(*, full: bool = False, split: str = "all") -> tuple[Tensor, Tensor]:
             the others.
     Raises `RuntimeError` where the 60,000 cannot be downloaded.
     """
+    check.kind(isinstance(full, bool), "full must be True or False", full)
     names = ("all", "train", "test")
     check.require(split in names, f"split must be one of {names}, got {split!r}")
     pixels, labels = _full_mnist() if full else _packaged_mnist()

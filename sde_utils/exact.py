@@ -46,11 +46,14 @@ class GaussianMixture:
         check.weights("weights", weights, n)
         basis = self.means.new_zeros(d, 0) if self.basis is None else self.basis
         c = self.means.new_zeros(0) if self.basis_variance is None else self.basis_variance
+        for name, a in (("basis", basis), ("basis_variance", c)):
+            check.tensor(name, a)
         fits = basis.ndim == 2 and len(basis) == d and c.shape == basis.shape[1:]
         check.require(fits, f"basis must be ({d}, m) and basis_variance (m,)", basis, c)
         gram = basis.T @ basis - torch.eye(len(c), dtype=basis.dtype, device=basis.device)
         check.require((gram.abs() < 1e-4).all(), "basis must have orthonormal columns")
-        check.require((c >= 0).all(), "basis_variance must be non-negative")
+        good = ((c >= 0) & c.isfinite()).all()
+        check.require(good, "basis_variance must be non-negative and finite")
         vars(self).update(weights=weights / weights.sum(), basis=basis, basis_variance=c)
         vars(self).update(variance=check.number("variance", self.variance, ends="[)"), _kept={})
 
@@ -123,8 +126,7 @@ class GaussianMixture:
     def log_prob(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """log p(z; σ) in nats, (B,).   Args: z: (B, *dims). sigma: number, scalar or (B,)."""
         check.batch("z", z)
-        blocks = [joint.logsumexp(1) for joint, _, _ in self._blocks(z, sigma)]
-        return torch.cat(blocks).to(z.dtype)
+        return torch.cat([joint.logsumexp(1) for joint, _, _ in self._blocks(z, sigma)]).to(z.dtype)
 
     def score(self, z: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         r"""∇_z log p(z; σ) = (Σ + σ² I)⁻¹ (E[μ_k | z] - z), (B, *dims). Arguments as `log_prob`."""
@@ -162,12 +164,10 @@ class GaussianMixture:
         log_det = total.log().sum() + (m - len(s)) * math.log(noise) + m * math.log(2 * math.pi)
         log_w = self.weights.cpu().double().log() - ((e**2 / total).sum(1) + outside + log_det) / 2
         evidence = log_w.logsumexp(0)
-        possible = evidence.isfinite()
-        check.require(possible, "y is impossible: every component gives it the density 0")
+        check.require(evidence.isfinite(), "y is impossible: all components give it density 0")
         moved = (means + (v * s / total * e) @ vh).reshape(self.means.shape)
         parts = (moved, (log_w - evidence).exp(), vh.T, v * noise / total)
-        moved, *rest = (a.to(self.means.dtype).to(self.means.device) for a in parts)
-        weights, basis, c = rest
+        moved, weights, basis, c = (a.to(self.means.dtype).to(self.means.device) for a in parts)
         return GaussianMixture(moved, v, weights, basis, c, evidence)
 
 

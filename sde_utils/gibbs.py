@@ -24,7 +24,7 @@ from .observation import Observation
 from .predictors import moment_matched
 from .sampling import karras_levels, karras_times, sample
 from .sde import SDE, check_sde
-from .smc import Particles, effective, log_mean, systematic, warn_of_collapse
+from .smc import Particles, effective, equal_particles, systematic
 
 Chain = Callable[[Tensor, float, Random], Tensor]  # (z, ρ, generator) -> x, a draw of x_0 given z
 
@@ -47,8 +47,8 @@ def reverse_chain(
     size, least = getattr(denoiser, "sigma_data", 1.0), float(sde.sigma(0.0))
 
     def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
+        rho = check.number("rho", rho, least, float(sde.sigma(1.0)), "(]")
         low = max(min(rho / 10, detail * size), least)
-        check.require(low < rho, f"rho must exceed σ(0) = {least:g}, got {rho:g}")
         n = 1 + max(1, round(steps * math.log10(rho / low)))
         times = [float(sde.time(level)) for level in karras_levels(rho, low, n)]
         x = z * float(sde.scale(times[0]))
@@ -81,7 +81,8 @@ class SplitGibbs:
     outside: float = field(init=False)  # |y - U e|²
 
     def __post_init__(self) -> None:
-        check.function("chain", self.chain, "a function (z, rho, generator) -> x")
+        check.function("chain", self.chain, "a function (z, rho, generator) -> x", 3)
+        check.kind(isinstance(self.obs, Observation), "obs must be an Observation", self.obs)
         matrix = self.obs.matrix(self.shape)
         self.obs.check_single(torch.zeros(1, *self.shape, dtype=self.obs.y.dtype))
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -96,7 +97,7 @@ class SplitGibbs:
 
     def log_likelihood(self, x: Tensor, rho: float) -> Tensor:
         """log N(y; A x, S_ρ), S_ρ with the eigenvalues v_i and σ_y², (n,), float64, CPU."""
-        noise = self.obs.noise_std**2
+        rho, noise = check.at_level(x, self.shape, rho), self.obs.noise_std**2
         v = (rho * self.s).square().clamp(min=noise)
         residual = self.e - self.s * (x.flatten(1) @ self.vh.T.to(x)).cpu().double()
         extra = self.obs.y.numel() - len(self.s)
@@ -105,6 +106,7 @@ class SplitGibbs:
 
     def couple(self, x: Tensor, rho: float, generator: Random = None) -> Tensor:
         """z given x and y, (n, *dims)."""
+        rho = check.at_level(x, self.shape, rho)
         s, vh, e = (a.to(x) for a in (self.s, self.vh, self.e))
         spread = (rho * s).square()
         v = spread.clamp(min=self.obs.noise_std**2)
@@ -116,7 +118,7 @@ class SplitGibbs:
     def __call__(self, x: Tensor, rho: float | None = None, generator: Random = None) -> Tensor:
         """One sweep at ρ, ρ* if None: π_ρ stays π_ρ.   Args: x: (n, *dims)."""
         rho = self.rho if rho is None else check.number("rho", rho)
-        return self.chain(self.couple(x, rho, generator), rho, generator)
+        return check.drawn(self.chain, self.couple(x, rho, generator), rho, generator)
 
     def next_level(self, x: Tensor, now: Tensor, rho: float, least: float) -> float:
         """The lowest level from ρ* to ρ at which as many particles as `least` stay effective."""
@@ -126,8 +128,7 @@ class SplitGibbs:
         high = min(high, rho)
         for _ in range(30 if high > low else 0):
             middle = math.sqrt(low * high)
-            enough = self.left(x, now, middle) >= least
-            low, high = (low, middle) if enough else (middle, high)
+            low, high = (low, middle) if self.left(x, now, middle) >= least else (middle, high)
         return high
 
     def left(self, x: Tensor, now: Tensor, rho: float) -> float:
@@ -157,8 +158,7 @@ def tempered_smc(
     the effective size is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
 
     Args:
-        denoiser: D(z, σ); no derivative of it is taken.
-        x: (n, *dims), as from `sde.prior`; it becomes draws of the prior by 4 `steps` levels.
+        denoiser: D(z, σ), not differentiated. x: (n, *dims), noise as from `sde.prior`.
         chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None, and above ρ* only down
             to ρ / 10: what is finer the next sweep's noise hides.
         sweeps, final: at least 1.   keep: in (0, 1).
@@ -166,15 +166,17 @@ def tempered_smc(
     Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, for the sampler.
     """
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
+    steps = check.count("steps", steps, 2)
     keep = check.number("keep", keep, 0, 1)
     check.batch("x", x)
-    rough = chain or reverse_chain(sde, denoiser, steps, detail=math.inf)
-    full, kernel = chain or reverse_chain(sde, denoiser, steps), SplitGibbs(obs, x.shape[1:], rough)
+    full, rough = (chain or reverse_chain(sde, denoiser, steps, detail=d) for d in (0.01, math.inf))
+    kernel = SplitGibbs(obs, x.shape[1:], rough)
     x = prior_draws(sde, denoiser, kernel, x, 4 * steps, generator)
     n, rho, weights, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
     now = torch.zeros(n, dtype=torch.float64, device="cpu")
     while rho > kernel.rho:
         rho = kernel.next_level(x, now, rho, keep * n)
+        check.require(rho <= float(sde.sigma(1.0)), "y is impossible, or no particle is near it")
         weights.append(kernel.log_likelihood(x, rho) - now)
         index = systematic(weights[-1], n, generator)
         x, ancestors = x[index.to(x.device)], ancestors[index]
@@ -182,19 +184,17 @@ def tempered_smc(
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
     for _ in range(final):
-        x = full(kernel.couple(x, rho, generator), rho, generator)
-    ess = torch.stack([effective(log_w) for log_w in weights])
-    log_evidence = torch.stack([log_mean(log_w) for log_w in weights]).sum()
-    warn_of_collapse(ess, n, "or more sweeps")
-    return Particles(x, torch.full_like(now, -math.log(n)), ess, log_evidence, ancestors)
+        x = check.drawn(full, kernel.couple(x, rho, generator), rho, generator)
+    return equal_particles(x, torch.stack(weights), ancestors)
 
 
 def prior_draws(
     sde: SDE, denoiser: Denoise, kernel: SplitGibbs, x: Tensor, steps: int, generator: Random
 ) -> Tensor:
-    """Noise x becomes draws of the prior, if the SDE's levels reach ρ*."""
-    least = float(sde.sigma(0.0))
-    found = f"σ(0) = {least:g} must lie below σ_y / |A| = {kernel.rho:g}"
-    check.require(kernel.rho > least, f"sde must be one that begins lower: {found}")
+    """Noise x becomes draws of the prior, if denoiser and levels are fit for it."""
+    least, top, guided = float(sde.sigma(0)), float(sde.sigma(1)), hasattr(denoiser, "look")
+    check.kind(not guided, "denoiser must be the prior's: a guided one counts y twice", denoiser)
+    message = f"sde must have σ(0) < σ_y / |A| < σ(1), got σ_y / |A| = {kernel.rho:g}"
+    check.require(least < kernel.rho < top, message)
     times = karras_times(sde, steps, getattr(denoiser, "sigma_data", 1.0))
     return sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)

@@ -159,7 +159,7 @@ def dps_step(predictor: Predictor, obs: Observation, zeta: float) -> Predictor:
     Args: predictor: as `sample` takes it. zeta: ζ > 0.   Returns: a predictor.
     Source: Chung et al. 2023 (arXiv 2209.14687), algorithm 1.
     """
-    check.function("predictor", predictor, "a function of one step, as su.ancestral")
+    check.function("predictor", predictor, "a function of one step, as su.ancestral", 6)
     zeta = check.number("zeta", zeta)
     check.kind(isinstance(obs, Observation), "obs must be an Observation", obs)
 

@@ -167,7 +167,7 @@ class Guided:
         """
         with torch.inference_mode(False), torch.enable_grad():
             point = (x / x.square().mean().sqrt().clamp(min=1e-6)).detach().clone()
-            distance = self.obs.residual(point.requires_grad_()).square().sum()
+            distance = self.obs.residual(point.requires_grad_().clone()).square().sum()
             (slope,) = torch.autograd.grad(distance, point)
         if not slope.any():
             found = "operator has the gradient 0 everywhere (round, sign, a threshold?)"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def log_likelihood(
         probes: None takes the trace exactly, by one vector-Jacobian product per dimension; a
             number estimates it with so many Rademacher vectors, the same along the path.
     Returns: (B,), without a graph.
-    Raises `FloatingPointError` if the result is not finite.
+    Raises `FloatingPointError` if the result is not finite; warns of a σ(1) near the data's size.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 39 and appendix D.2, in Karras' variables.
     """
     check_sde(sde)
@@ -66,6 +67,9 @@ def log_likelihood(
     sigma = float(sde.sigma(0.0)) or 0.01 if sigma is None else check.number("sigma", sigma)
     sde.time(sigma)  # refuses a σ out of range
     z, top = x0.detach(), float(sde.sigma(1.0))
+    if top < 3 * (size := getattr(denoiser, "sigma_data", 0.0)):
+        found = f"σ(1) = {top:.3g}, below 3 sigma_data = {3 * size:.3g}, still knows the data"
+        warnings.warn(f"{found}: scale them, or take an SDE that goes further", stacklevel=2)
     vectors = trace_vectors(z, probes, generator)
     h, gained = math.log(top / sigma) / steps, z.new_zeros(len(z))
     for i in tqdm(range(steps), desc="likelihood", file=sys.stdout, disable=not progress):

@@ -126,6 +126,7 @@ class UNet(nn.Module):
         patch: int = 2,
     ) -> None:
         super().__init__()
+        check.kind(isinstance(widths, Sequence), "widths must be several, as (32, 128)", widths)
         check.count("levels", len(widths))
         sizes = {"channels": channels, "blocks": blocks, "heads": heads, "patch": patch}
         self.config: dict[str, object] = {name: check.count(name, n) for name, n in sizes.items()}
@@ -179,7 +180,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, sigma_data: float = 1.0) -> None:
         super().__init__()
-        good = isinstance(network, nn.Module) and not isinstance(network, Denoiser)
+        inner = getattr(network, "_orig_mod", network)  # torch.compile's
+        good = isinstance(inner, nn.Module) and not isinstance(inner, Denoiser)
         check.kind(good, "network must be an F(x, c), as su.MLP()", network)
         self.network, self.sigma_data = network, check.number("sigma_data", sigma_data)
 

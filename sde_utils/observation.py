@@ -43,31 +43,19 @@ class Observation:
 
         Args: x0: (B, *dims).   Returns: (B, m), m the number of values in one observation.
         """
-        x0 = x0.clone() if x0.is_inference() else x0  # an inference tensor has no version
-        version = -1 if x0.is_inference() else x0._version
-        predicted = self.operator(x0)
-        kept = x0.is_inference() or x0._version == version
-        check.require(kept, "operator must not change x_0 in place: begin it with x = x.clone()")
-        self._fits(x0, predicted)
-        return (self.y.to(predicted) - predicted).reshape(len(x0), -1)
-
-    def _fits(self, x0: Tensor, predicted: Tensor) -> None:
-        """A(x_0) is what it should be, and y is of its shape."""
-        if not isinstance(predicted, Tensor) or predicted.shape[:1] != x0.shape[:1]:
-            expected = f"(B, *dims) to (B, *obs_dims), B = {len(x0)}"
-            raise ValueError(f"operator must map {expected}, got {check.what(predicted)}")
-        check.tensor("A(x_0) (torch.view_as_real for complex numbers)", predicted)
+        predicted = check.applied(self.operator, x0)
         one, every = tuple(predicted.shape[1:]), tuple(predicted.shape)
         fits = self.y.shape in (one, every)
         check.require(fits, f"y must have shape {one} or {every} to match A(x_0)", self.y)
         sloped = predicted.requires_grad or not x0.requires_grad
         check.require(sloped, "operator must be differentiable, but A(x_0) has no graph")
+        return (self.y.to(predicted) - predicted).reshape(len(x0), -1)
 
     def check_single(self, x0: Tensor) -> None:
         """`ValueError` unless y is one observation.   Args: x0: (B, *dims), as A takes them."""
-        found, predicted = self.y.numel(), self.operator(x0[:1].clone())
-        m = predicted.numel() if isinstance(predicted, Tensor) else found
-        check.require(m == found, f"y must be one observation of {m} numbers, got {found}")
+        one = check.applied(self.operator, x0[:1].clone())[0]
+        fits = self.y.squeeze().shape == one.squeeze().shape
+        check.require(fits, f"y must be one observation, of shape {tuple(one.shape)}", self.y)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """log N(y; A(x_0), σ_y² I), normalised.
@@ -85,6 +73,7 @@ class Observation:
         Raises `ValueError` if A is not linear.
         """
         shape = check.shape(shape)
+        check.require(len(shape) > 0, "shape must have at least one size, got ()")
         like = torch.zeros(1, *shape, dtype=widest(self.y), device=self.y.device)
         check.linear(self.operator, like)
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)

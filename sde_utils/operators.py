@@ -44,6 +44,8 @@ class Inpainting:
 
 def box_mask(height: int, width: int, top: int, left: int, bottom: int, right: int) -> Tensor:
     """(height, width), True outside the box of rows top..bottom-1 and columns left..right-1."""
+    for n in (height, width, top, left, bottom, right):
+        check.count("box_mask's arguments", n, -(10**6))
     good = 0 <= top < bottom <= height and 0 <= left < right <= width
     found = f"rows {top} to {bottom}, columns {left} to {right}"
     check.require(good, f"the box must lie in {height} x {width} and not be empty, got {found}")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from . import _check as check
 from ._numerics import Denoise, Predictor, Random, call, randn_like
-from .sde import SDE
+from .sde import SDE, check_sde
 
 
 def levels(sde: SDE, t: float, s: float) -> tuple[float, float, float, float]:
     """r_t, σ_t, r_s, σ_s. `ValueError` unless t > s and σ_s > 0."""
+    check_sde(sde)
     t, s = check.number("t", t, 0, 1, "[]"), check.number("s", s, 0, 1, "[]")
     r_t, sigma_t = float(sde.scale(t)), float(sde.sigma(t))
     r_s, sigma_s = float(sde.scale(s)), float(sde.sigma(s))
@@ -190,6 +191,7 @@ class Langevin:
         self, sde: SDE, denoiser: Denoise, x: Tensor, t: float, generator: Random = None
     ) -> Tensor:
         r, sigma = float(sde.scale(t)), float(sde.sigma(t))
+        check.require(sigma > 0, "t must have σ(t) > 0, got σ(t) = 0")
         e = 2 * (self.snr * r * sigma) ** 2
         for _ in range(self.steps):
             score = (call(denoiser, x / r, sigma) - x / r) / (r * sigma**2)

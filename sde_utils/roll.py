@@ -78,6 +78,7 @@ def swiss_roll(
     if seed is None:
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
+    seed = check.count("seed", seed, 0, 2**32 - 1)
     points, _ = make_swiss_roll(n, noise=float(noise), random_state=seed)
     return torch.tensor((points[:, [0, 2]] - mean) / sd, dtype=torch.float32, device="cpu")
 

@@ -141,9 +141,9 @@ def sample(
     Raises `TypeError` and `ValueError` before any step, `FloatingPointError` naming a step that
     left the finite numbers; warns of a start, or an end, that cannot be right.
     """
-    check.function("predictor", predictor, "a function of one step, as su.heun")
+    check.function("predictor", predictor, "a function of one step, as su.heun", 6)
     if corrector is not None:
-        check.function("corrector", corrector, "a function of one step, as su.Langevin()")
+        check.function("corrector", corrector, "a function of one step, as su.Langevin()", 5)
     w = None if last_step is None else check.number("last_step", last_step, ends="[)")
     times = check_run(sde, denoiser, x, uniform_times(steps) if times is None else times, generator)
     denoiser, path = check.first_answer(denoiser), [x]
@@ -170,7 +170,7 @@ def cause(sde: SDE, denoiser: Denoise, x: Tensor, t: float, corrector: Corrector
     if z.abs().max() > 1e6 * sigma:
         return f"x had run away before; {causes}"
     if not call(denoiser, z, sigma).isfinite().all():
-        return f"the denoiser is not finite there (or its σ² is too large for {x.dtype})"
+        return f"the denoiser is not finite there (or the operator; or σ² too large for {x.dtype})"
     return causes
 
 

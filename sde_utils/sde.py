@@ -82,7 +82,7 @@ class SDE(ABC):
         Args: x: (B, *dims). t: scalar or (B,).   Returns: (B, *dims).
         """
         check.batch("x", x)
-        return denoiser(x / expand(self.scale(t), x), self.sigma(t).to(x))
+        return check.answer(denoiser, x / expand(self.scale(t), x), self.sigma(t).to(x))
 
     def score(self, denoiser: Denoise, x: Tensor, t: float | Tensor) -> Tensor:
         r"""The score of the noisy density, by Tweedie's formula.
@@ -92,6 +92,7 @@ class SDE(ABC):
         Args: x: (B, *dims). t: scalar or (B,), with σ(t) > 0: the quotient is 0/0 at σ = 0.
         Returns: (B, *dims).
         """
+        check.batch("x", x)
         r, sigma = expand(self.scale(t), x), expand(self.sigma(t), x)
         check.require((sigma > 0).all(), "t must have σ(t) > 0 for a score, got σ(t) = 0")
         return (self.denoise(denoiser, x, t) - x / r) / (r * sigma**2)

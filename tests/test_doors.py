@@ -65,6 +65,14 @@ def smc(guided=None, x=X, sde=VP, **options):
     return su.twisted_smc(sde, guided, x, **{"steps": 4, "generator": rng(2)} | options)
 
 
+def gibbs(o=OBS, shape=(2,), chain=lambda z, rho, generator: z):
+    return su.SplitGibbs(o, shape, chain)
+
+
+def tempered(denoiser=MIX, o=OBS, **options):
+    return su.tempered_smc(VE, denoiser, o, NOISE, **{"generator": rng(2)} | options)
+
+
 def under_no_grad(z, sigma):
     with torch.no_grad():
         return MIX(z, sigma)
@@ -331,6 +339,73 @@ ROWS = {
     # figures
     "draw a list": (lambda: draw.draw_points(plt.gca(), [[0.0]]), T, "x must be a floating"),
     "draw vectors as images": (lambda: draw.draw_images(plt.gca(), DATA, 4), V, "x must be images"),
+    # what the review of the 40 findings added
+    "a seed that is none": (lambda: su.swiss_roll(9, seed=1.5), T, "seed must be an int"),
+    "a maker of predictors": (lambda: sample(predictor=su.multistep), T, "predictor must be"),
+    "dps_step not called": (lambda: sample(predictor=su.dps_step), T, "predictor must be"),
+    "a step with the SDE's class": (lambda: su.heun(su.VPSDE, MIX, X, 0.5, 0.4), T, "sde must be"),
+    "in place, a run": (lambda: sample(su.DPS(MIX, obs(masked_in_place))), V, "in place"),
+    "in place, exact": (lambda: MIX.posterior(obs(masked_in_place)), V, "in place"),
+    "in place, inverse": (lambda: ops.adjoint(lambda x: x.mul_(2), IMAGES, IMAGES.shape),
+        V, "in place"),
+    "full a string": (lambda: su.mnist(full="train"), T, "full must be True or False"),
+    "a step of one coordinate": (lambda: su.heun(VP, lambda z, s: z[:, :1], X, 0.5, 0.4),
+        T, "denoiser must return"),
+    "a score of one coordinate": (lambda: VP.score(lambda z, s: z[:, :1], X, 0.5),
+        T, "denoiser must return"),
+    "sigma expected (B,), guided": (lambda: su.MMPS(lambda z, s: z / s[:, None], OBS)(X, 1.0),
+        T, r"sigma.expand"),
+    "a bare network's likelihood": (lambda: su.log_likelihood(VE, su.MLP(), X, steps=1),
+        T, r"su.Denoiser\(F\)"),
+    "a step of numpy": (lambda: su.ancestral(VP, MIX, X.numpy(), 0.5, 0.4), T, "x must be a"),
+    "a step of a class": (lambda: su.euler(VP, su.Denoiser, X, 0.5, 0.4), T, "denoiser must be"),
+    "score of numpy": (lambda: VP.score(MIX, X.numpy(), 0.5), T, "x must be a floating"),
+    "complex, exact": (lambda: MIX.posterior(obs(torch.fft.fft)), T, "view_as_real"),
+    "yes or no, exact": (lambda: MIX.posterior(obs(lambda x: x > 0)), T, r"A\(x_0\)"),
+    "y of another arrangement": (lambda: su.IsotropicMixture(torch.rand(4, 2, 3), 0.1).posterior(
+        obs(lambda x: x, torch.zeros(3, 2))), V, "y must be one observation, of shape"),
+    "widths a number": (lambda: su.UNet(widths=32), T, "widths must be"),
+    "box of nothing": (lambda: ops.box_mask(None, 8, 0, 0, 1, 1), T, "box_mask.* must be an int"),
+    "basis a list": (lambda: su.GaussianMixture(DATA, 1.0, None, [[1.0], [0.0]], torch.ones(1)),
+        T, "basis must be a"),
+    "basis variance infinite": (lambda: su.GaussianMixture(DATA, 1.0, None, torch.eye(2),
+        torch.full((2,), math.inf)), V, "basis_variance must be"),
+    "residual of numpy": (lambda: OBS.residual(np.zeros((2, 2))), T, "x0 must be a"),
+    "Langevin at 0": (lambda: su.Langevin()(VP, MIX, X, 0.0), V, "t must have"),
+    "operator NaN in a run": (lambda: sample(su.DPS(MIX, obs(lambda x: x * math.nan))),
+        F, "operator .* returned NaN"),
+    "a compiled denoiser in one": (lambda: su.Denoiser(torch.compile(NET)), T, "network must be"),
+    # split Gibbs
+    "chain of an SDE's class": (lambda: su.reverse_chain(su.VESDE, MIX), T, "sde must be"),
+    "chain in one step": (lambda: su.reverse_chain(VE, MIX, 1), V, "steps must lie in"),
+    "chain from a string": (lambda: su.reverse_chain(VE, MIX)(X, "1"), T, "rho must be a number"),
+    "chain from infinity": (lambda: su.reverse_chain(VE, MIX)(X, math.inf), V, "rho must lie in"),
+    "chain from a level each": (lambda: su.reverse_chain(VE, MIX)(X, torch.ones(16)), T, "rho"),
+    "kernel of a tensor": (lambda: gibbs(X), T, "obs must be an Observation"),
+    "kernel without a shape": (lambda: gibbs(OBS, shape=()), V, "shape must have"),
+    "kernel of a denoiser": (lambda: gibbs(chain=MIX), T, "chain must be a function"),
+    "kernel in place": (lambda: gibbs(obs(lambda x: x.mul_(2))), V, "in place"),
+    "kernel at a negative rho": (lambda: gibbs().couple(X, -1.0), V, "rho must lie in"),
+    "kernel at a tensor": (lambda: gibbs().log_likelihood(X, torch.ones(16)), T, "rho must be a"),
+    "kernel of NaN": (lambda: gibbs()(NAN), V, "x must be finite"),
+    "kernel elsewhere": (lambda: gibbs()(torch.zeros(4, 2, 1)), V, "x must have shape"),
+    "kernel's chain, fewer": (lambda: gibbs(chain=lambda z, r, g: z[:2])(X), T, "chain must ret"),
+    "kernel's chain, doubles": (lambda: gibbs(chain=lambda z, r, g: z.double())(X), T, "chain mu"),
+    "kernel's chain NaN": (lambda: gibbs(chain=lambda z, r, g: z * math.nan)(X), F, "chain ret"),
+    "tempered, guided": (lambda: tempered(su.MMPS(MIX, OBS)), T, "denoiser must be the prior's"),
+    "tempered, keep 1": (lambda: tempered(keep=1), V, "keep must lie in"),
+    "tempered, one step": (lambda: tempered(steps=1), V, "steps must lie in"),
+    "tempered, steps None": (lambda: tempered(steps=None), T, "steps must be an int"),
+    "tempered, a y each": (lambda: tempered(o=EACH), V, "y must be one observation"),
+    "tempered, no observation": (lambda: tempered(o=X), T, "obs must be an Observation"),
+    "tempered, fewer back": (lambda: tempered(chain=lambda z, r, g: z[:2]), T, "chain must return"),
+    "tempered, a wide sigma_y": (lambda: tempered(o=obs(first, torch.zeros(1), 100.0)), V, "sde"),
+    "tempered, y far away": (lambda: tempered(o=obs(first, torch.tensor([1e4]))),
+        V, "y is impossible"),
+    "tempered with a seed": (lambda: tempered(generator=0), T, "generator must be"),
+    "band of no ranks": (lambda: su.ecdf_band(0, 5), V, "n must lie in"),
+    "band in per cent": (lambda: su.ecdf_band(5, 5, 95), V, "level must lie in"),
+    "band with a seed": (lambda: su.ecdf_band(5, 5, generator=0), T, "generator must be"),
 }  # fmt: skip
 
 
@@ -370,6 +445,12 @@ WARNINGS = {
     "too few steps": (lambda: sample(x=NOISE, sde=VE, steps=5), "too few steps"),
     "an operator without slope": (lambda: sample(su.DPS(MIX, obs(torch.round))),
         "gradient 0 everywhere"),
+    "a likelihood's SDE too short": (
+        lambda: su.log_likelihood(VE, half(100.0), DATA, steps=2),
+        "below 3 sigma_data"),
+    "tempered from randn": (
+        lambda: su.tempered_smc(VE, MIX, OBS, torch.randn(64, 2, generator=rng(3)),
+            generator=rng(2)), "x has the root mean square"),
     "particles collapsed": (lambda: smc(su.DPS(MIX, obs(first, torch.ones(1), 0.01)),
                                         VP.prior((500, 2), generator=rng(4)), steps=60),
         "collapsed"),
