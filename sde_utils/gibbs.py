@@ -154,23 +154,20 @@ def tempered_smc(
 
     From one level to the next a particle weighs N(y; A x, S_ρ') / N(y; A x, S_ρ): the prior
     cancels, and no network is asked. All are resampled, and moved by `sweeps` sweeps of
-    `SplitGibbs` at the new level, at ρ* by `final` in full detail. Levels are chosen so that
-    the effective size is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
+    `SplitGibbs` at the new level, at ρ* by `final`. Levels are chosen so that the effective size
+    is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
 
     Args:
         denoiser: D(z, σ), not differentiated. x: (n, *dims), noise as from `sde.prior`.
-        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None, and above ρ* only down
-            to ρ / 10: what is finer the next sweep's noise hides.
+        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None.
         sweeps, final: at least 1.   keep: in (0, 1).
     Returns: particles of equal weight. Raises as `sample` and `SplitGibbs` do; warns of a collapse.
     Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, for the sampler.
     """
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
-    steps = check.count("steps", steps, 2)
-    keep = check.number("keep", keep, 0, 1)
+    steps, keep = check.count("steps", steps, 2), check.number("keep", keep, 0, 1)
     check.batch("x", x)
-    full, rough = (chain or reverse_chain(sde, denoiser, steps, detail=d) for d in (0.01, math.inf))
-    kernel = SplitGibbs(obs, x.shape[1:], rough)
+    kernel = SplitGibbs(obs, x.shape[1:], chain or reverse_chain(sde, denoiser, steps))
     x = prior_draws(sde, denoiser, kernel, x, 4 * steps, generator)
     n, rho, weights, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
     now = torch.zeros(n, dtype=torch.float64, device="cpu")
@@ -180,11 +177,9 @@ def tempered_smc(
         weights.append(kernel.log_likelihood(x, rho) - now)
         index = systematic(weights[-1], n, generator)
         x, ancestors = x[index.to(x.device)], ancestors[index]
-        for _ in range(sweeps if rho > kernel.rho else 0):
+        for _ in range(sweeps if rho > kernel.rho else final):
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
-    for _ in range(final):
-        x = check.drawn(full, kernel.couple(x, rho, generator), rho, generator)
     return equal_particles(x, torch.stack(weights), ancestors)
 
 

@@ -108,6 +108,8 @@ def test_exact_problem_needs_no_network(digits):
 
 def test_committed_results_are_whole():
     """In each part that is there every method has met the same problems."""
+    if not calibrate.RESULTS.exists():
+        pytest.skip("not measured yet: python scripts/calibrate.py")
     found = read(calibrate.RESULTS, calibrate.DEPTHS)
     for of in found.get("chains", {}).values():
         assert of.keys() == {str(sigma) for sigma in calibrate.SIGMAS}

@@ -188,14 +188,24 @@ def test_calls_and_levels_of_the_chain():
         su.reverse_chain(SDES["ve"], prior)(torch.zeros(3, 1), 0.005)
 
 
-def test_calls_of_a_run(two_modes):
-    """Prior 31, then 9 a sweep: each level above ρ* one, `final` at ρ*, there a decade, too."""
-    denoiser = Recorder(two_modes)
-    denoiser.sigma_data = two_modes.sigma_data
+def test_a_run_visits_its_levels(two_modes):
+    """Prior draws by 31 calls; one sweep at each level above ρ*, `final` there, no other call."""
+    denoiser, visited = Recorder(two_modes), []
     obs = su.Observation(lambda x: x, torch.tensor([1.0], dtype=torch.float64), 0.1)
+
+    def chain(z, rho, generator):
+        visited.append(rho)
+        return exact_chain(two_modes)(z, rho, generator)
+
     x = SDES["ve"].prior((200, 1), dtype=torch.float64, generator=rng(13))
-    particles = su.tempered_smc(SDES["ve"], denoiser, obs, x, final=3, generator=rng(14))
-    assert denoiser.calls == 31 + 9 * (len(particles.ess) - 1 + 3)
+    options = {"chain": chain, "final": 3, "generator": rng(14)}
+    particles = su.tempered_smc(SDES["ve"], denoiser, obs, x, **options)
+    assert denoiser.calls == 31
+    above = visited[:-3]
+    assert visited[-3:] == pytest.approx(3 * [0.1])
+    assert len(above) == len(particles.ess) - 1
+    assert above == sorted(above, reverse=True)
+    assert min(above) > 0.1
 
 
 @pytest.mark.parametrize("rho", [0.1, 1.0, 10.0])
