@@ -97,8 +97,10 @@ def sde_utils() -> dict[str, Posterior]:
         return particles.resample(len(noise))
 
     def tempered(problem: Problem, calls: int, noise: Tensor) -> Tensor:
-        obs = problem.observation
-        return su.tempered_smc(sde, problem.denoiser, obs, HIGH * noise).resample(len(noise))
+        pool, n = HIGH * torch.randn(4 * len(noise), *noise.shape[1:]).to(noise), len(noise)
+        options = {"times": su.karras_times(sde, 16, SIZE), "predictor": su.moment_matched}
+        pool = su.sample(sde, problem.denoiser, pool, **options)
+        return su.tempered_smc(sde, problem.denoiser, problem.observation, pool, n).resample(n)
 
     return {
         "sde_utils: DPS": partial(guided, kind=su.DPS),

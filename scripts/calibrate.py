@@ -16,6 +16,7 @@ kept, so that a run cut short goes on; --fresh starts anew.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ CHAINS = {  # levels for each factor of ten from σ downward
 }
 SIGMAS = (0.1, 0.4, 1.0, 4.0)
 STEPS, DRAWS, PROBLEMS = 30, 19, 32
-PARTICLES = {"twisted SMC": 32, "tempered SMC": 96}
+POOL = 1024  # draws of the prior, the same for every problem
+PARTICLES = {"twisted SMC": 32, "tempered SMC": 128}
 RESOLUTION = 0.02  # 2.5 of 255 grey levels
 DEPTHS = {"chains": 5, "problems": 4, "exact": 3}  # of names in the file, below the first
 
@@ -63,7 +65,7 @@ def measure_chains(results: Results, denoiser: su.Denoiser, digits: Digits) -> N
                     x = chain(z, sigma, generator).unflatten(0, (PROBLEMS, DRAWS))
                     rows = [
                         spread(draws, truth[None], told(digits), generator)
-                        | {"calls": counted.calls}
+                        | {"calls": counted.images / len(z)}
                         for draws, truth in zip(x, every, strict=True)
                     ]
                     results.keep(columns(rows), *place)
@@ -88,14 +90,17 @@ def spread(
 
 
 def truths_of(denoiser: su.Denoiser, digits: Digits) -> dict[str, Tensor]:
-    """PROBLEMS digits drawn from the network, by 47 calls, and as many that it has never seen."""
-    sde = SDES["VE"]
-    generator = torch.Generator(digits.train.device).manual_seed(4000)
-    x = sde.prior((PROBLEMS, *SHAPE), device=digits.train.device, generator=generator)
-    times = su.karras_times(sde, 24)
-    options = {"times": times, "predictor": su.moment_matched, "generator": generator}
+    """PROBLEMS digits drawn from the network, and as many that it has never seen."""
     held_out = digits.held_out[7 :: (len(digits.held_out) - 7) // PROBLEMS][:PROBLEMS]
-    return {"network": su.sample(sde, denoiser, x, **options), "held-out": held_out}
+    drawn = prior_draws(denoiser, PROBLEMS, torch.Generator(held_out.device).manual_seed(4000))
+    return {"network": drawn, "held-out": held_out}
+
+
+def prior_draws(denoiser: su.Denoiser, n: int, generator: torch.Generator) -> Tensor:
+    """n digits drawn from the network, by 47 calls."""
+    x = SDES["VE"].prior((n, *SHAPE), device=generator.device, generator=generator)
+    options = {"times": su.karras_times(SDES["VE"], 24), "generator": generator}
+    return su.sample(SDES["VE"], denoiser, x, predictor=su.moment_matched, **options)
 
 
 def columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -109,8 +114,9 @@ def columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 def measure_problems(results: Results, denoiser: su.Denoiser, digits: Digits) -> None:
     """Each method on each task, problem by problem, for both kinds of truths."""
     every, probability = truths_of(denoiser, digits), classifier(digits.train, digits.labels)
-    for i in range(PROBLEMS):
-        for truths, of in every.items():
+    pool = prior_draws(denoiser, POOL, torch.Generator(digits.train.device).manual_seed(5000))
+    for truths, of in every.items():
+        for i in range(PROBLEMS):
             for task, (operator, noise) in TASKS.items():
                 sde = SDES["VE" if task in ("inpainting", "super-resolution") else "VP"]
                 for method in METHODS:
@@ -123,7 +129,7 @@ def measure_problems(results: Results, denoiser: su.Denoiser, digits: Digits) ->
                     y = operator(truth)
                     y = y + noise * torch.randn(y.shape, generator=generator, device=y.device)
                     obs = su.Observation(operator, y[0], noise)
-                    x, facts = solve(sde, denoiser, method, obs, DRAWS, STEPS, generator)
+                    x, facts = solve(sde, denoiser, method, obs, pool, generator)
                     row = judge(x, truth, obs, digits, probability, i % 10, generator) | facts
                     new = columns([row])
                     results.keep({k: rows.get(k, []) + v for k, v in new.items()}, *place)
@@ -134,26 +140,24 @@ def solve(
     denoiser: su.Denoiser,
     method: str,
     obs: su.Observation,
-    draws: int,
-    steps: int,
+    pool: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """`draws` images for one observation by one of METHODS; of particles what became of them.
+    """DRAWS images for one observation by one of METHODS; of particles what became of them.
 
-    `steps` network calls a draw, of tempered SMC as many as it takes.
+    STEPS network calls a draw; tempered SMC takes as many as it takes, and the pool.
     """
-    times = su.karras_times(sde, steps)
-    n = PARTICLES.get(method, draws)
+    times, n = su.karras_times(sde, STEPS), PARTICLES.get(method, DRAWS)
     x = sde.prior((n, *SHAPE), device=obs.y.device, generator=generator)
     if method in PARTICLES:
         if method == "twisted SMC":
             guided = su.PiGDM(denoiser, obs, SHAPE)
             particles = su.twisted_smc(sde, guided, x, times=times, generator=generator)
         else:
-            particles = su.tempered_smc(sde, denoiser, obs, x, generator=generator)
+            particles = su.tempered_smc(sde, denoiser, obs, pool, n, generator=generator)
         ancestors = float(len(particles.ancestors.unique()))
         facts = {"least effective": float(particles.ess.min()), "ancestors": ancestors}
-        return particles.resample(draws, generator), facts
+        return particles.resample(DRAWS, generator), facts
     if method == "MMPS":
         guided = su.MMPS(denoiser, obs, iterations=3, dense=1)
     else:
@@ -222,7 +226,7 @@ def exact_problem(
 ) -> dict[str, dict[str, float]]:
     """Total variation from the exact class probabilities, error of the log-evidence, calls a draw.
 
-    Of 200 draws of each method, of both kinds of particles, and of as many exact draws.
+    Of 200 draws of each method, of 800 particles of both kinds, and of as many exact draws.
     """
     prior = su.IsotropicMixture(images, 0.01)
     posterior, times = prior.posterior(obs), su.karras_times(sde, STEPS)
@@ -238,29 +242,39 @@ def exact_problem(
         x = sde.prior((200, *SHAPE), device=images.device, generator=generator)
         x = su.sample(sde, guided, x, times=times, predictor=su.ancestral, generator=generator)
         note(type(guided).__name__, x, calls=STEPS)
-    counted = Counted(prior)
-    for name, n in (("twisted SMC", 800), ("tempered SMC", 800)):
-        x, counted.calls = sde.prior((n, *SHAPE), device=images.device, generator=generator), 0
-        if name == "twisted SMC":
-            twist = su.Annealed(counted, obs)
-            particles = su.twisted_smc(sde, twist, x, times=times, generator=generator)
-        else:
-            particles = su.tempered_smc(sde, counted, obs, x, keep=0.9, generator=generator)
-        gap = float(particles.log_evidence - posterior.log_evidence)
-        weights = particles.log_weights.exp()
-        note(name, particles.x, weights, **{"log-evidence": gap}, calls=counted.calls)
-    note("exact draws", posterior.sample(800, generator))
+    n, counted = 800, Counted(prior)
+
+    def twisted() -> su.Particles:
+        x = sde.prior((n, *SHAPE), device=images.device, generator=generator)
+        twist = su.Annealed(counted, obs)
+        return su.twisted_smc(sde, twist, x, times=times, generator=generator)
+
+    def tempered() -> su.Particles:
+        pool, chain = prior.sample(16 * n, generator), su.reverse_chain(sde, counted, 4, depth=10)
+        options = {"final": 1, "chain": chain, "generator": generator}
+        return su.tempered_smc(sde, counted, obs, pool, n, **options)
+
+    for name, method in (("twisted SMC", twisted), ("tempered SMC", tempered)):
+        counted.images, start = 0, time.perf_counter()
+        particles = method()
+        facts = {
+            "log-evidence": float(particles.log_evidence - posterior.log_evidence),
+            "calls": counted.images / n,
+            "seconds": time.perf_counter() - start,
+        }
+        note(name, particles.x, particles.log_weights.exp(), **facts)
+    note("exact draws", posterior.sample(n, generator))
     return found
 
 
 class Counted:
-    """A denoiser that counts its calls."""
+    """A denoiser that counts the images it is asked for."""
 
     def __init__(self, denoiser: su.Denoiser | su.GaussianMixture) -> None:
-        self.denoiser, self.sigma_data, self.calls = denoiser, denoiser.sigma_data, 0
+        self.denoiser, self.sigma_data, self.images = denoiser, denoiser.sigma_data, 0
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
-        self.calls += 1
+        self.images += len(z)
         return self.denoiser(z, sigma)
 
 

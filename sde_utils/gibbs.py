@@ -13,7 +13,7 @@ Gaussian's, the second is what a diffusion model is for: its reverse process fro
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 from . import _check as check
 from ._numerics import Denoise, Predictor, Random, randn_like
 from .observation import Observation
-from .predictors import moment_matched
-from .sampling import karras_levels, karras_times, sample
+from .predictors import along, moment_matched
+from .sampling import karras_levels, sample
 from .sde import SDE, check_sde
 from .smc import Particles, effective, equal_particles, systematic
 
@@ -32,27 +32,32 @@ Chain = Callable[[Tensor, float, Random], Tensor]  # (z, ρ, generator) -> x, a 
 def reverse_chain(
     sde: SDE,
     denoiser: Denoise,
-    steps: int = 4,
+    steps: int = 2,
     predictor: Predictor = moment_matched,
-    detail: float = 0.01,
+    depth: float = 20.0,
 ) -> Chain:
     r"""x_0 given x_0 + ρ ε = z, by the reverse process from σ = ρ downward.
 
-    Levels as Karras et al.'s (2022, eq. 5), `steps` of them for each factor of ten, to ρ / 10 and
-    on to `detail` times the data's size, or to σ(0). n levels are 2n - 1 calls of `moment_matched`.
-    Args: steps: at least 2. detail: > 0; inf stops at ρ / 10.
+    Levels as Karras et al.'s (2022, eq. 5), `steps` of them for each factor of ten, to ρ / depth,
+    but not below σ(0). From the last, x_0 = D + σ J n: of mean D and, were J a projection, of the
+    covariance σ² J that x_0 has given z. n levels are 2n calls of `moment_matched`.
+    Args: steps: at least 2. depth: > 1.
     """
     check_sde(sde)
-    steps, detail = check.count("steps", steps, 2), check.number("detail", detail, ends="(]")
-    size, least = getattr(denoiser, "sigma_data", 1.0), float(sde.sigma(0.0))
+    steps, depth = check.count("steps", steps, 2), check.number("depth", depth, 1)
+    least, most = float(sde.sigma(0.0)), float(sde.sigma(1.0))
+    n = 1 + max(1, round(steps * math.log10(depth)))
 
+    @torch.no_grad()
     def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
-        rho = check.number("rho", rho, least, float(sde.sigma(1.0)), "(]")
-        low = max(min(rho / 10, detail * size), least)
-        n = 1 + max(1, round(steps * math.log10(rho / low)))
+        rho = check.number("rho", rho, least, most, "(]")
+        low = max(rho / depth, least)
         times = [float(sde.time(level)) for level in karras_levels(rho, low, n)]
-        x = z * float(sde.scale(times[0]))
-        return sample(sde, denoiser, x, times=times, predictor=predictor, generator=generator)
+        walk = partial(sample, times=times, predictor=predictor, last_step=None)
+        x = walk(sde, denoiser, z * float(sde.scale(times[0])), generator=generator)
+        z = x / float(sde.scale(times[-1]))
+        x0_hat, spread = along(denoiser, z, low, randn_like(z, generator))
+        return x0_hat + low * spread
 
     return chain
 
@@ -142,54 +147,65 @@ def tempered_smc(
     denoiser: Denoise,
     obs: Observation,
     x: Tensor,
+    n: int | None = None,
     *,
-    steps: int = 4,
     sweeps: int = 1,
     final: int = 5,
     keep: float = 0.7,
     chain: Chain | None = None,
     generator: Random = None,
 ) -> Particles:
-    r"""Particles for p(x_0 | y), A linear: prior draws, led through π_ρ down to ρ*.
+    r"""Particles for p(x_0 | y), A linear: draws of the prior, led through π_ρ down to ρ*.
 
     From one level to the next a particle weighs N(y; A x, S_ρ') / N(y; A x, S_ρ): the prior
-    cancels, and no network is asked. All are resampled, and moved by `sweeps` sweeps of
-    `SplitGibbs` at the new level, at ρ* by `final`. Levels are chosen so that the effective size
-    is `keep` n. Exact as n grows, for the prior whose x given z the chain draws.
+    cancels, and no network is asked. Half as many, but at least n, are resampled, and moved by
+    `sweeps` sweeps of `SplitGibbs` at the new level, at ρ* n of them by `final`. A level is as low
+    as leaves keep times as many effective as are resampled. Many draws at the start cost little,
+    and it is there that modes part. Exact as n grows, for the prior whose x given z the chain
+    draws.
 
     Args:
-        denoiser: D(z, σ), not differentiated. x: (n, *dims), noise as from `sde.prior`.
-        chain: of the sweeps; `reverse_chain(sde, denoiser, steps)` if None.
-        sweeps, final: at least 1.   keep: in (0, 1).
-    Returns: particles of equal weight. Raises as `sample` and `SplitGibbs` do; warns of a collapse.
+        denoiser: D(z, σ), not differentiated.
+        x: (N, *dims), draws of the prior, as from `sample`; good for any number of observations.
+        n: of particles, at most N; N if None.   sweeps, final: at least 1.   keep: in (0, 1).
+        chain: of the sweeps; `reverse_chain(sde, denoiser)` if None.
+    Returns: n particles of equal weight. Raises as `SplitGibbs` does; warns of a collapse.
     Source: Del Moral, Doucet & Jasra 2006, J. R. Stat. Soc. B 68, for the sampler.
     """
     sweeps, final = check.count("sweeps", sweeps), check.count("final", final)
-    steps, keep = check.count("steps", steps, 2), check.number("keep", keep, 0, 1)
-    check.batch("x", x)
-    kernel = SplitGibbs(obs, x.shape[1:], chain or reverse_chain(sde, denoiser, steps))
-    x = prior_draws(sde, denoiser, kernel, x, 4 * steps, generator)
-    n, rho, weights, ancestors = len(x), math.inf, [], torch.arange(len(x), device="cpu")
-    now = torch.zeros(n, dtype=torch.float64, device="cpu")
+    keep, n = check.number("keep", keep, 0, 1), check_draws(denoiser, x, n)
+    kernel = SplitGibbs(obs, x.shape[1:], chain or reverse_chain(sde, denoiser))
+    check_levels(sde, kernel.rho)
+    rho, weights, ancestors = math.inf, [], torch.arange(len(x), device="cpu")
+    now = torch.zeros(len(x), dtype=torch.float64, device="cpu")
     while rho > kernel.rho:
-        rho = kernel.next_level(x, now, rho, keep * n)
+        left = max(n, len(x) // 2)
+        rho = kernel.next_level(x, now, rho, keep * left)
         check.require(rho <= float(sde.sigma(1.0)), "y is impossible, or no particle is near it")
         weights.append(kernel.log_likelihood(x, rho) - now)
-        index = systematic(weights[-1], n, generator)
+        index = systematic(weights[-1], left if rho > kernel.rho else n, generator)
+        index = index.sort().values  # relatives side by side: a family keeps its share within one
         x, ancestors = x[index.to(x.device)], ancestors[index]
         for _ in range(sweeps if rho > kernel.rho else final):
             x = kernel(x, rho, generator)
         now = kernel.log_likelihood(x, rho)
-    return equal_particles(x, torch.stack(weights), ancestors)
+    return equal_particles(x, weights, ancestors)
 
 
-def prior_draws(
-    sde: SDE, denoiser: Denoise, kernel: SplitGibbs, x: Tensor, steps: int, generator: Random
-) -> Tensor:
-    """Noise x becomes draws of the prior, if denoiser and levels are fit for it."""
-    least, top, guided = float(sde.sigma(0)), float(sde.sigma(1)), hasattr(denoiser, "look")
+def check_draws(denoiser: Denoise, x: Tensor, n: int | None) -> int:
+    """The doors of prior draws: the prior's denoiser, no noise, no fewer than n. Returns n."""
+    check.batch("x", x)
+    guided = hasattr(denoiser, "look")
     check.kind(not guided, "denoiser must be the prior's: a guided one counts y twice", denoiser)
-    message = f"sde must have σ(0) < σ_y / |A| < σ(1), got σ_y / |A| = {kernel.rho:g}"
-    check.require(least < kernel.rho < top, message)
-    times = karras_times(sde, steps, getattr(denoiser, "sigma_data", 1.0))
-    return sample(sde, denoiser, x, times=times, predictor=moment_matched, generator=generator)
+    size, data = float(x.float().square().mean().sqrt()), getattr(denoiser, "sigma_data", math.inf)
+    found = f"its root mean square is {size:.3g}, the data's spread {data:.3g}"
+    remedy = "draws of the prior, as from su.sample, not noise"
+    check.require(size < 10 * data, f"x must be {remedy}: {found}")
+    return len(x) if n is None else check.count("n", n, most=len(x))
+
+
+def check_levels(sde: SDE, rho: float) -> None:
+    """ρ* must be a level of the SDE."""
+    check_sde(sde)
+    good = float(sde.sigma(0)) < rho < float(sde.sigma(1))
+    check.require(good, f"sde must have σ(0) < σ_y / |A| < σ(1), got σ_y / |A| = {rho:g}")

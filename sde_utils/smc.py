@@ -159,9 +159,10 @@ def propose(
     return q * z + (1 - q) * now.x0_hat + move, -(a * (noise + a / 2)).flatten(1).sum(1)
 
 
-def equal_particles(x: Tensor, log_w: Tensor, ancestors: Tensor) -> Particles:
+def equal_particles(x: Tensor, log_w: list[Tensor], ancestors: Tensor) -> Particles:
     """Equal particles; their sizes and the evidence from the weights, one row a level."""
     ess, n = torch.stack([effective(row) for row in log_w]), len(x)
     warn_of_collapse(ess, n, "or more sweeps")
     log_evidence = torch.stack([log_mean(row) for row in log_w]).sum()
-    return Particles(x, torch.full_like(log_w[0], -math.log(n)), ess, log_evidence, ancestors)
+    equal = torch.full((n,), -math.log(n), dtype=torch.float64, device="cpu")
+    return Particles(x, equal, ess, log_evidence, ancestors)

@@ -24,6 +24,7 @@ def logits(x):
     return x.flatten(1)[:, 200:210] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thickness", [0.005, 0.1])
 def test_an_exact_sampler_passes_the_measure(digits, thickness):
     """Truths and draws from exact posteriors of the training-digit mixture, thin and thick: the
@@ -72,7 +73,7 @@ def test_the_measure_sees_what_is_too_narrow_and_what_is_too_wide(digits):
 
 
 @pytest.mark.parametrize("method", calibrate.METHODS)
-def test_methods_agree_with_a_gaussian_posterior(method):
+def test_methods_agree_with_a_gaussian_posterior(method, monkeypatch):
     """Prior N(0, 0.36) per pixel, means over 4 x 4: the observed part of the draws' mean against
     exact, in the prior's sd.
 
@@ -80,10 +81,13 @@ def test_methods_agree_with_a_gaussian_posterior(method):
     the prior's mean, the others within 0.2.
     """
     prior = su.IsotropicMixture(torch.zeros(1, 1, 28, 28), 0.36)
+    pool = prior.sample(256, rng(6))
+    monkeypatch.setattr(calibrate, "STEPS", 40)
+    monkeypatch.setattr(calibrate, "DRAWS", 32)
     operator = Downsampling(4)
     truth = prior.sample(1, rng(3))
     obs = su.Observation(operator, operator(truth)[0], 0.05)
-    x, told = calibrate.solve(su.VPSDE(), prior, method, obs, 32, 40, rng(4))
+    x, told = calibrate.solve(su.VPSDE(), prior, method, obs, pool, rng(4))
     assert told.keys() == ({"least effective", "ancestors"} if "SMC" in method else set())
     exact = prior.posterior(obs)
     error = (operator(x.mean(0, keepdim=True)) - operator(exact.means)).square().mean().sqrt()
@@ -92,6 +96,7 @@ def test_methods_agree_with_a_gaussian_posterior(method):
     assert error < (1.0 if method == "Annealed" else 0.2) * spread
 
 
+@pytest.mark.slow
 def test_exact_problem_needs_no_network(digits):
     images, labels = digits.train[::50], digits.labels[::50]
     operator, noise = calibrate.EXACT["four rows, 1"]
@@ -123,22 +128,30 @@ def test_committed_results_are_whole():
         assert of.keys() == calibrate.TASKS.keys()
         for rows in of.values():
             assert rows.keys() == set(calibrate.METHODS)
-            assert len({len(values) for row in rows.values() for values in row.values()}) == 1
+            counts = {len(values) for row in rows.values() for values in row.values()}
+            assert counts == {calibrate.PROBLEMS}
 
 
 def test_a_run_cut_short_goes_on(tmp_path, monkeypatch):
     """What was found is kept, and not asked for again; --fresh forgets it."""
     path, asked = tmp_path / "found.json", []
 
-    def solve(sde, denoiser, method, obs, draws, steps, generator):
+    def solve(sde, denoiser, method, obs, pool, generator):
         asked.append(method)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return torch.randn(draws, 1, 28, 28, generator=generator), {}
+        assert pool.shape == (4, 1, 28, 28)
+        return torch.randn(calibrate.DRAWS, 1, 28, 28, generator=generator), {}
 
     monkeypatch.setattr(calibrate, "solve", solve)
     monkeypatch.setattr(calibrate, "PROBLEMS", 2)
+    monkeypatch.setattr(calibrate, "POOL", 4)
     monkeypatch.setattr(calibrate, "classifier", lambda *_: logits)
+
+    def drawn(denoiser, n, generator):
+        return torch.randn(n, 1, 28, 28, generator=generator)
+
+    monkeypatch.setattr(calibrate, "prior_draws", drawn)
     run = ["--out", str(path), "--parts", "problems"]
     with pytest.raises(KeyboardInterrupt):
         calibrate.main(run)
@@ -173,5 +186,6 @@ def test_chains_are_written_and_of_a_gaussian_they_are_right(tmp_path, monkeypat
         }
         assert covered["moment-matched", "8"] == pytest.approx(0.9, abs=0.02)
         assert covered["ancestral", "4"] < 0.8
+    assert rows["moment-matched"]["2"]["calls"] == 8 * [8.0]
 
 

@@ -112,12 +112,8 @@ def installed(python):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "knobs"),
-    list(zip(NOTEBOOKS, ({}, FAST), strict=True)),
-    ids=[p.stem for p in NOTEBOOKS],
-)
-def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
+@each
+def test_alone_in_an_empty_folder(path, colab, tmp_path):
     """Every cell runs, the set-up cell twice.
 
     Added: `sde_utils` at the checkout's HEAD, by git. Not added or replaced: anything else.
@@ -142,7 +138,7 @@ def test_alone_in_an_empty_folder(path, knobs, colab, tmp_path):
         == 1
     )
 
-    executed = execute(folder / path.name, **knobs)
+    executed = execute(folder / path.name, **FAST)
 
     code = [c for c in executed.cells if c.cell_type == "code"]
     assert all(c.execution_count for c in code)

@@ -130,7 +130,8 @@ def test_sampling_and_guidance_without_float64(device, kind):
                 check(particles.resample(4, g), 4, 2)
                 assert particles.log_weights.dtype == torch.float64  # on the CPU
         obs = su.Observation(first, torch.tensor([0.3]), 0.3)
-        particles = su.tempered_smc(sde, denoiser, obs, x, steps=3, final=1, generator=g)
+        draws = torch.randn(30, 2)
+        particles = su.tempered_smc(sde, denoiser, obs, draws, 15, final=1, generator=g)
         check(particles.resample(4, g), 4, 2)
         step = su.dps_step(su.ancestral, su.Observation(product, 0.2, 0.3), 0.1)
         check(su.sample(sde, denoiser, x, times=times, predictor=step, generator=g), 30, 2)
@@ -276,8 +277,16 @@ FEWER = {
     "(150, 1, 28, 28)": "(10, 1, 28, 28)",
     "(400, 1, 28, 28)": "(30, 1, 28, 28)",
     "4000": "300",
+    "2000": "200",
+    "(32, 1, 28, 28)": "(4, 1, 28, 28)",
+    "(20, 50, 200)": "(5, 20)",
+    "(20, 50, 100)": "(5, 20)",
+    "(30, 100, 1000)": "(30, 100)",
     "steps=200": "steps=30",
+    '"steps": 200': '"steps": 30',
     "su.karras_times(sde, 30)": "su.karras_times(sde, 6)",
+    "su.karras_times(sde, 50)": "su.karras_times(sde, 6)",
+    "su.karras_times(sde, 100)": "su.karras_times(sde, 10)",
 }
 
 

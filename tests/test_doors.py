@@ -69,8 +69,9 @@ def gibbs(o=OBS, shape=(2,), chain=lambda z, rho, generator: z):
     return su.SplitGibbs(o, shape, chain)
 
 
-def tempered(denoiser=MIX, o=OBS, **options):
-    return su.tempered_smc(VE, denoiser, o, NOISE, **{"generator": rng(2)} | options)
+def tempered(denoiser=MIX, o=OBS, x=None, n=16, **options):
+    x = MIX.sample(64, rng(4)) if x is None else x
+    return su.tempered_smc(VE, denoiser, o, x, n, **{"generator": rng(2)} | options)
 
 
 def under_no_grad(z, sigma):
@@ -394,8 +395,11 @@ ROWS = {
     "kernel's chain NaN": (lambda: gibbs(chain=lambda z, r, g: z * math.nan)(X), F, "chain ret"),
     "tempered, guided": (lambda: tempered(su.MMPS(MIX, OBS)), T, "denoiser must be the prior's"),
     "tempered, keep 1": (lambda: tempered(keep=1), V, "keep must lie in"),
-    "tempered, one step": (lambda: tempered(steps=1), V, "steps must lie in"),
-    "tempered, steps None": (lambda: tempered(steps=None), T, "steps must be an int"),
+    "tempered, none": (lambda: tempered(n=0), V, "n must lie in"),
+    "tempered, more than there are": (lambda: tempered(n=65), V, r"n must lie in \[1, 64\]"),
+    "tempered, no sweep": (lambda: tempered(sweeps=0), V, "sweeps must lie in"),
+    "tempered from noise": (lambda: tempered(x=NOISE), V, "x must be draws of the prior"),
+    "chain too shallow": (lambda: su.reverse_chain(VE, MIX, depth=1), V, "depth must lie in"),
     "tempered, a y each": (lambda: tempered(o=EACH), V, "y must be one observation"),
     "tempered, no observation": (lambda: tempered(o=X), T, "obs must be an Observation"),
     "tempered, fewer back": (lambda: tempered(chain=lambda z, r, g: z[:2]), T, "chain must return"),
@@ -448,9 +452,6 @@ WARNINGS = {
     "a likelihood's SDE too short": (
         lambda: su.log_likelihood(VE, half(100.0), DATA, steps=2),
         "below 3 sigma_data"),
-    "tempered from randn": (
-        lambda: su.tempered_smc(VE, MIX, OBS, torch.randn(64, 2, generator=rng(3)),
-            generator=rng(2)), "x has the root mean square"),
     "particles collapsed": (lambda: smc(su.DPS(MIX, obs(first, torch.ones(1), 0.01)),
                                         VP.prior((500, 2), generator=rng(4)), steps=60),
         "collapsed"),

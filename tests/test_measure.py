@@ -76,6 +76,7 @@ def test_methods_agree_with_a_gaussian_posterior(method):
     assert error < (1.0 if method == "Annealed" else 0.2) * spread
 
 
+@pytest.mark.slow
 def test_exact_problem_needs_no_network():
     images, labels = su.mnist(split="train")
     keep = torch.arange(0, 4750, 50)

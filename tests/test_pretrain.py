@@ -44,6 +44,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(whole):
     left = sorted(p.name for p in whole.iterdir())
     assert left == ["checkpoint.pt", "denoiser.safetensors", "log.csv", "samples.png"]
@@ -112,6 +113,7 @@ def test_two_processes_do_what_one_does(whole, tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_run_is_refused_and_left_alone(whole):
     before = (whole / "checkpoint.pt").read_bytes()
     done = run(whole, "--lr", "0.01")
@@ -147,6 +149,7 @@ def test_bad_settings_are_named_and_leave_no_folder(more, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     done = run(tmp_path / "file" / "out")

@@ -106,7 +106,7 @@ def flow_error(sde, denoiser, predictor, steps, truth, top=10.0):
     return x / sde.scale(times[-1]) - truth
 
 
-@pytest.mark.parametrize("name", ["ve", "vp"])
+@pytest.mark.parametrize("name", ["ve", pytest.param("vp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("predictor", "order", "top"),
     [
@@ -401,6 +401,7 @@ def test_likelihood_of_the_exact_denoiser_is_the_exact_density(roll, name):
     assert error.abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_likelihood_of_the_learned_denoiser(roll, learned, name):
     x = roll.sample(2000, rng(17)).float()
