@@ -13,9 +13,7 @@ numbers, and which operators it lacks. torch itself turns a TypeError in `a / b`
 from __future__ import annotations
 
 import contextlib
-import json
 import linecache
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -228,30 +226,21 @@ class answering(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def run_notebook(path, knobs=None, replace=None):
+def run_notebook(notebook, name="notebook"):
     """Run a notebook's code cells in this process on the pretended device; returns their names.
 
-    knobs: values for names of the cell that begins with SEED. replace: {old: new} texts, each of
-    which must occur. Figures are drawn, and shown to nobody. An error has its cell as the file.
+    Figures are drawn, and shown to nobody. An error has its cell as the file.
     """
     import IPython.core.display_functions as shown
     import matplotlib.pyplot as plt
 
-    path, replace, names = Path(path).resolve(), replace or {}, {"__name__": "__main__"}
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = ["".join(c["source"]) for c in cells]
-    missing = [old for old in replace if not any(old in s for s in sources)]
-    if missing or (knobs and not any(s.startswith("SEED") for s in sources)):
-        raise ValueError(f"{path.name} does not hold {missing or 'a cell of knobs'}")
+    sources = [c.source for c in notebook.cells if c.cell_type == "code"]
+    names = {"__name__": "__main__"}
     plt.switch_backend("Agg")
     quiet = mock.patch.object(shown, "print", create=True)  # display() prints where no notebook is
     with pretended(), plt.rc_context(), quiet:
         for i, source in enumerate(sources, 1):
-            for old, new in replace.items():
-                source = source.replace(old, new)
-            if source.startswith("SEED"):
-                source += "".join(f"\n{name} = {v!r}" for name, v in (knobs or {}).items())
-            file = f"{path.name}, code cell {i}"
+            file = f"{name}, code cell {i}"
             linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
             exec(compile(source, file, "exec"), names)
     plt.close("all")

@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
-from notebooks import NOTEBOOKS, ROOT
+from notebooks import NOTEBOOKS, ROOT, turn_down
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
@@ -116,14 +116,14 @@ def open_page(browser):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`jupyter notebook` on a copy of the notebooks without their outputs, with nobody's settings.
+    """`jupyter notebook` on a copy of the notebooks without outputs, with nobody's settings.
 
-    Yields f(path): the address of `path`.
+    Their counts are turned down. Yields f(path): the address of `path`.
     """
     home = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "sde_utils", home / "root" / "sde_utils")
     for path in NOTEBOOKS:
-        notebook = nbformat.read(path, as_version=4)
+        notebook = turn_down(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -200,7 +200,7 @@ def shows_two_pictures(page, image):
 def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
     """From the menu: every cell runs, none raises or warns, and the kernel ends idle.
 
-    The figures are those of the committed file, and one moves.
+    There are as many figures as in the committed file, and one moves.
     """
     committed = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     page = open_page(browser)

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, ROOT, execute
+from notebooks import NOTEBOOKS, ROOT, execute, turn_down
 from packaging.requirements import Requirement
 
 ADDRESS = "https://github.com/UedaKenji/FI6_inverse_diffusion_model"
-FAST = {"TRAIN_STEPS": 300, "N_DATA": 2000, "N_SAMPLES": 200}
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 # before the set-up cell runs where the package is there: another pip is an error
@@ -114,13 +113,13 @@ def installed(python):
 @pytest.mark.slow
 @each
 def test_alone_in_an_empty_folder(path, colab, tmp_path):
-    """Every cell runs, the set-up cell twice.
+    """Every cell runs, with counts turned down, the set-up cell twice.
 
     Added: `sde_utils` at the checkout's HEAD, by git. Not added or replaced: anything else.
     """
     folder = tmp_path / "content"
     folder.mkdir()
-    notebook = nbformat.read(path, as_version=4)
+    notebook = turn_down(nbformat.read(path, as_version=4))
     again = nbformat.v4.new_code_cell(NO_PIP + setup_cell(notebook).source)
     notebook.cells.insert(notebook.cells.index(setup_cell(notebook)) + 1, again)
     where = (
@@ -138,7 +137,7 @@ def test_alone_in_an_empty_folder(path, colab, tmp_path):
         == 1
     )
 
-    executed = execute(folder / path.name, **FAST)
+    executed = execute(folder / path.name)
 
     code = [c for c in executed.cells if c.cell_type == "code"]
     assert all(c.execution_count for c in code)

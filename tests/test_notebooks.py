@@ -5,7 +5,7 @@ import re
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, SOLUTIONS, execute, fingerprint
+from notebooks import FEWER, NOTEBOOKS, SOLUTIONS, execute, fingerprint
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 PRIVATE = r"(/(home|root|work|tmp|Users)/|site-packages|Warning)"
@@ -14,8 +14,13 @@ PRIVATE = r"(/(home|root|work|tmp|Users)/|site-packages|Warning)"
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
 def test_solutions_run(path):
-    """From top to bottom; the browser's and Colab's tests execute the lectures themselves."""
+    """From top to bottom; the browser's and Colab's tests run the lectures, counts turned down."""
     assert all(c.execution_count for c in execute(path).cells if c.cell_type == "code")
+
+
+def test_what_is_turned_down_is_there():
+    lectures = " ".join(p.read_text(encoding="utf-8").replace('\\"', '"') for p in NOTEBOOKS)
+    assert not [count for count in FEWER if count not in lectures]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: p.stem)
