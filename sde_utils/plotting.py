@@ -1,27 +1,34 @@
-"""Figures of the lecture: one palette, maps, fields, and moving pictures that any page plays."""
+"""Figures of the lecture: one palette, one look a method, maps, fields, images, shares."""
 
-import io
-from base64 import b64encode
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from . import _check as check
 from ._numerics import Denoise
+from .png import animate as animate
+from .png import animated_png as animated_png
+from .png import show as show
 
-Draw = Callable[[int], Figure]
 Extra = Tensor | None
 LIMIT = 2.3  # of the lecture's plane
-# Okabe & Ito 2008: told apart by readers of any colour vision
+# Okabe & Ito 2008, and two of Tol's muted: told apart by readers of any colour vision
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
+PURPLE, SKY, BLACK, INDIGO, WINE = "#CC79A7", "#56B4E9", "#000000", "#332288", "#882255"
+METHODS = {  # the colour of each, everywhere, and their order; RED is for what is wrong
+    "exact": BLACK,
+    "network": BLUE,
+    "Annealed": SKY,
+    "DPS": ORANGE,
+    "PiGDM": PURPLE,
+    "MMPS": GREEN,
+    "twisted SMC": INDIGO,
+    "tempered SMC": WINE,
+}
 
 
 def use_style() -> None:
@@ -33,46 +40,11 @@ def use_style() -> None:
     plt.rcParams.update({"lines.markersize": 4, "figure.constrained_layout.use": True})
 
 
-def pixels(figure: Figure, dpi: int) -> Image.Image:
-    """The figure as an image; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    plt.close(figure)
-    return Image.open(buffer).convert("RGB")
-
-
-def display_png(png: bytes, alt: str) -> None:
-    """Display a PNG with its description."""
-    bundle = {"image/png": b64encode(png).decode(), "text/plain": alt}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
-
-
-def show(figure: Figure, alt: str, dpi: int = 100, colours: int = 128) -> None:
-    """Display a figure as a PNG of so many colours with its description `alt`, and close it."""
-    buffer, image = io.BytesIO(), pixels(figure, dpi)
-    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    display_png(buffer.getvalue(), alt)
-
-
-def animated_png(
-    draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500
-) -> bytes:
-    """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds."""
-    images = [pixels(draw(i), dpi) for i in range(check.count("frames", frames))]
-    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
-    ends.paste(images[0])
-    ends.paste(images[-1], (0, images[0].height))
-    palette = ends.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times, buffer = [milliseconds] * len(rest) + [hold], io.BytesIO()
-    moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
-    first.save(buffer, format="PNG", optimize=True, **moving)
-    return buffer.getvalue()
-
-
-def animate(draw: Draw, frames: int, alt: str) -> None:
-    """Display `animated_png(draw, frames)` with its description `alt`."""
-    display_png(animated_png(draw, frames), alt)
+def look(method: str) -> dict[str, str]:
+    """Colour and marker of one of METHODS, and its name as a label."""
+    check.require(method in METHODS, f"method must be one of {', '.join(METHODS)}: {method!r}")
+    marker = "o.sDv^P*"[list(METHODS).index(method)]
+    return {"color": METHODS[method], "marker": marker, "label": method}
 
 
 def plane(limit: float = LIMIT, n: int = 200) -> Tensor:
@@ -144,6 +116,21 @@ def draw_mass(ax: Axes, masses: dict[str, Tensor]) -> None:
     label = "parameter of the roll, inside to outside"
     ax.set(xlabel=label, ylabel="share of samples", xlim=(0, 1))
     ax.legend()
+
+
+def draw_shares(ax: Axes, shares: dict[str, Tensor], least: float = 0.05) -> None:
+    """One bar a method, of the shares of classes 0, 1, ..., (k,); those from `least` on named."""
+    for row, (name, share) in enumerate(shares.items()):
+        left, share = 0.0, on_cpu(f"shares[{name!r}]", share)
+        shades = plt.get_cmap("cividis")(torch.linspace(0.35, 1, len(share), device="cpu"))
+        for k, width in enumerate(share.tolist()):
+            ax.barh(row, width, left=left, color=shades[k], edgecolor="white", height=0.8)
+            if width >= least:
+                ax.text(left + width / 2, row, str(k), ha="center", va="center")
+            left += width
+    ax.set(yticks=range(len(shares)), yticklabels=list(shares), xlim=(0, 1), xlabel="share")
+    ax.set(ylim=(len(shares) - 0.5, -0.5))
+    ax.grid(False)
 
 
 def draw_images(ax: Axes, x: Tensor, columns: int, **look: Any) -> None:

@@ -502,7 +502,7 @@ def test_half_precision_has_its_small_matrices_in_single():
         torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
     """Fastest of 15 turns each, taken in turn: what else the machine does only ever adds time."""
     import time

@@ -156,3 +156,23 @@ def test_bad_input_is_named(ax):
     ):
         with pytest.raises(TypeError, match=name):
             call()
+
+
+def test_shares_are_as_long_as_they_are_large_and_named_when_large(ax):
+    shares = {"exact": torch.tensor([0.5, 0.04, 0.46]), "MMPS": torch.tensor([0.0, 1.0, 0.0])}
+    draw.draw_shares(ax, shares)
+    middle = [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
+    boxes = [(y, bar.get_x(), bar.get_width()) for y, bar in zip(middle, ax.patches, strict=True)]
+    expected = [(0, 0, 0.5), (0, 0.5, 0.04), (0, 0.54, 0.46), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
+    np.testing.assert_allclose(boxes, expected, atol=1e-6)
+    assert [(t.get_text(), t.get_position()[1]) for t in ax.texts] == [("0", 0), ("2", 0), ("1", 1)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(shares)
+
+
+def test_each_method_has_a_look_of_its_own():
+    looks = [draw.look(name) for name in draw.METHODS]
+    assert len({look["color"] for look in looks}) == len(looks)
+    assert len({look["marker"] for look in looks}) == len(looks)
+    assert draw.RED not in draw.METHODS.values()
+    with pytest.raises(ValueError, match=r"twisted SMC.*: 'SMC'"):
+        draw.look("SMC")

@@ -352,7 +352,7 @@ def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(two_mode
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_the_loop_costs_at_most_a_tenth_of_the_network_calls(learned):
     sde, x = VESDE(), VESDE().prior((10_000, 2), generator=rng(14))
     sigma = torch.tensor(1.0)

@@ -1,0 +1,56 @@
+"""Figures as PNG outputs of a notebook: still or moving, described, and played by any page."""
+
+import io
+from base64 import b64encode
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from . import _check as check
+
+Draw = Callable[[int], Figure]
+
+
+def pixels(figure: Figure, dpi: int) -> Image.Image:
+    """The figure as an image; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
+
+
+def display_png(png: bytes, alt: str) -> None:
+    """Display a PNG with its description."""
+    bundle = {"image/png": b64encode(png).decode(), "text/plain": alt}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def show(figure: Figure, alt: str, dpi: int = 100, colours: int = 128) -> None:
+    """Display a figure as a PNG of so many colours with its description `alt`, and close it."""
+    buffer, image = io.BytesIO(), pixels(figure, dpi)
+    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    display_png(buffer.getvalue(), alt)
+
+
+def animated_png(
+    draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500
+) -> bytes:
+    """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds."""
+    images = [pixels(draw(i), dpi) for i in range(check.count("frames", frames))]
+    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
+    ends.paste(images[0])
+    ends.paste(images[-1], (0, images[0].height))
+    palette = ends.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    times, buffer = [milliseconds] * len(rest) + [hold], io.BytesIO()
+    moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
+    first.save(buffer, format="PNG", optimize=True, **moving)
+    return buffer.getvalue()
+
+
+def animate(draw: Draw, frames: int, alt: str) -> None:
+    """Display `animated_png(draw, frames)` with its description `alt`."""
+    display_png(animated_png(draw, frames), alt)
