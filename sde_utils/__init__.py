@@ -1,8 +1,9 @@
 """Score-based diffusion and observation-guided diffusion, each approximation beside the exact."""
 
+from .chain import moment_matched, reverse_chain
 from .digits import load_denoiser, load_pretrained, mnist, save_denoiser
 from .exact import GaussianMixture, IsotropicMixture, weighted_posterior
-from .gibbs import SplitGibbs, reverse_chain, tempered_smc
+from .gibbs import SplitGibbs, tempered_smc
 from .guidance import DPS, MMPS, Annealed, PiGDM, dps_step
 from .guided import Guidance, Guided, Isotropic, Spectral
 from .likelihood import log_likelihood
@@ -10,8 +11,7 @@ from .metrics import calibration_ranks, central_interval, coverage, ecdf_band
 from .metrics import frechet_distance, psnr, sliced_wasserstein, total_variation
 from .networks import MLP, Denoiser, UNet
 from .observation import Observation
-from .predictors import Langevin, ancestral, euler, euler_maruyama, heun, moment_matched
-from .predictors import multistep
+from .predictors import Langevin, ancestral, euler, euler_maruyama, heun, multistep
 from .roll import roll_mass, swiss_roll, swiss_roll_curve, swiss_roll_density
 from .roll import swiss_roll_parameter, swiss_roll_scaling
 from .sampling import karras_times, sample, uniform_times

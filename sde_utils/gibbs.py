@@ -11,55 +11,19 @@ Gaussian's, the second is what a diffusion model is for: its reverse process fro
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import _check as check
-from ._numerics import Denoise, Predictor, Random, randn_like
+from ._numerics import Denoise, Random, randn_like
+from .chain import Chain, reverse_chain
 from .observation import Observation
-from .predictors import along, moment_matched
-from .sampling import karras_levels, sample
 from .sde import SDE, check_sde
 from .smc import Particles, effective, equal_particles, systematic
-
-Chain = Callable[[Tensor, float, Random], Tensor]  # (z, ρ, generator) -> x, a draw of x_0 given z
-
-
-def reverse_chain(
-    sde: SDE,
-    denoiser: Denoise,
-    steps: int = 2,
-    predictor: Predictor = moment_matched,
-    depth: float = 20.0,
-) -> Chain:
-    r"""x_0 given x_0 + ρ ε = z, by the reverse process from σ = ρ downward.
-
-    Levels as Karras et al.'s (2022, eq. 5), `steps` of them for each factor of ten, to ρ / depth,
-    but not below σ(0). From the last, x_0 = D + σ J n: of mean D and, were J a projection, of the
-    covariance σ² J that x_0 has given z. n levels are 2n calls of `moment_matched`.
-    Args: steps: at least 2. depth: > 1.
-    """
-    check_sde(sde)
-    steps, depth = check.count("steps", steps, 2), check.number("depth", depth, 1)
-    least, most = float(sde.sigma(0.0)), float(sde.sigma(1.0))
-    n = 1 + max(1, round(steps * math.log10(depth)))
-
-    @torch.no_grad()
-    def chain(z: Tensor, rho: float, generator: Random = None) -> Tensor:
-        rho = check.number("rho", rho, least, most, "(]")
-        low = max(rho / depth, least)
-        times = [float(sde.time(level)) for level in karras_levels(rho, low, n)]
-        walk = partial(sample, times=times, predictor=predictor, last_step=None)
-        x = walk(sde, denoiser, z * float(sde.scale(times[0])), generator=generator)
-        z = x / float(sde.scale(times[-1]))
-        x0_hat, spread = along(denoiser, z, low, randn_like(z, generator))
-        return x0_hat + low * spread
-
-    return chain
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import _check as check
 from ._numerics import Random, Times, randn_like
+from .chain import reverse_moments
 from .guided import Guidance, Guided
-from .predictors import reverse_moments
 from .sampling import check_run, karras_times
 from .sde import SDE
 
@@ -95,7 +95,7 @@ def twisted_smc(
 
         m = q z + (1 - q) D,   L = ν I + β J,
 
-    q, ν, β as in `predictors.reverse_moments`; ancestral sampling keeps ν alone. A step draws
+    q, ν, β as in `chain.reverse_moments`; ancestral sampling keeps ν alone. A step draws
     n ~ N(0, I) and goes to m + L (n + a), a = (1 - q) (D_y - D) / ν. Its weight is
 
         p̃(y | z_s) / p̃(y | z_t) exp(-a·n - |a|²/2),   p̃ the method's p(y | z),
