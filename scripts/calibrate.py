@@ -250,7 +250,7 @@ def exact_problem(
         return su.twisted_smc(sde, twist, x, times=times, generator=generator)
 
     def tempered() -> su.Particles:
-        pool, chain = prior.sample(16 * n, generator), su.reverse_chain(sde, counted, 4, depth=10)
+        pool, chain = prior.sample(16 * n, generator), su.reverse_chain(sde, counted, 3)
         options = {"final": 1, "chain": chain, "generator": generator}
         return su.tempered_smc(sde, counted, obs, pool, n, **options)
 
