@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from . import _check as check
@@ -19,16 +20,24 @@ LIMIT = 2.3  # of the lecture's plane
 # Okabe & Ito 2008, and two of Tol's muted: told apart by readers of any colour vision
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, INDIGO, WINE = "#CC79A7", "#56B4E9", "#000000", "#332288", "#882255"
-METHODS = {  # the colour of each, everywhere, and their order; RED is for what is wrong
-    "exact": BLACK,
-    "network": BLUE,
-    "Annealed": SKY,
-    "DPS": ORANGE,
-    "PiGDM": PURPLE,
-    "MMPS": GREEN,
-    "twisted SMC": INDIGO,
-    "tempered SMC": WINE,
+LOOKS = {  # colour, marker and line of each, everywhere, in this order; RED is for what is wrong
+    "exact": (BLACK, "o", "-"),
+    "network": (BLUE, "X", "-"),
+    "Annealed": (SKY, "s", "-"),
+    "DPS": (ORANGE, "D", "-"),
+    "DPS, Algorithm 1": (ORANGE, "d", "--"),
+    "PiGDM": (PURPLE, "v", "-"),
+    "MMPS": (GREEN, "^", "-"),
+    "twisted SMC": (INDIGO, "P", "-"),
+    "tempered SMC": (WINE, "*", "-"),
+    "Euler–Maruyama": (ORANGE, "o", "-"),
+    "ancestral": (GREEN, "s", "-"),
+    "predictor–corrector": (PURPLE, "D", "-"),
+    "Euler": (SKY, "v", "--"),
+    "Heun": (BLUE, "^", "--"),
+    "multistep": (INDIGO, "P", "--"),
 }
+
 
 
 def use_style() -> None:
@@ -40,11 +49,11 @@ def use_style() -> None:
     plt.rcParams.update({"lines.markersize": 4, "figure.constrained_layout.use": True})
 
 
-def look(method: str) -> dict[str, str]:
-    """Colour and marker of one of METHODS, and its name as a label."""
-    check.require(method in METHODS, f"method must be one of {', '.join(METHODS)}: {method!r}")
-    marker = "o.sDv^P*"[list(METHODS).index(method)]
-    return {"color": METHODS[method], "marker": marker, "label": method}
+def look(name: str) -> dict[str, str]:
+    """Colour, marker and line of one of LOOKS, and its name as a label."""
+    check.require(name in LOOKS, f"name must be one of {', '.join(LOOKS)}: {name!r}")
+    colour, marker, line = LOOKS[name]
+    return {"color": colour, "marker": marker, "linestyle": line, "label": name}
 
 
 def plane(limit: float = LIMIT, n: int = 200) -> Tensor:
@@ -71,15 +80,15 @@ def on_cpu(name: str, x: Tensor, *last: int) -> Tensor:
 
 def draw_map(
     ax: Axes, values: Tensor, limit: float = LIMIT, floor: float | None = 6.0, **look: Any
-) -> None:
+) -> AxesImage:
     """An image of values on `plane(limit, n)`, (n²,); all alike below the maximum - floor."""
     image = on_cpu("values", values).unflatten(0, (round(len(values) ** 0.5), -1)).T
     if floor is not None:
         top = float(image.max())
         look = {"vmin": top - floor, "vmax": top} | look
     style = {"extent": (-limit, limit, -limit, limit), "interpolation": "bilinear"}
-    ax.imshow(image, origin="lower", **style | look)
     ax.grid(False)
+    return ax.imshow(image, origin="lower", **style | look)
 
 
 def draw_points(ax: Axes, x: Tensor, limit: float = LIMIT, **look: Any) -> None:

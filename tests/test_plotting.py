@@ -9,6 +9,7 @@ from conftest import rng
 from PIL import Image
 
 import sde_utils as su
+from sde_utils import pipeline
 from sde_utils import plotting as draw
 
 mpl.use("agg")
@@ -170,9 +171,24 @@ def test_shares_are_as_long_as_they_are_large_and_named_when_large(ax):
 
 
 def test_each_method_has_a_look_of_its_own():
-    looks = [draw.look(name) for name in draw.METHODS]
-    assert len({look["color"] for look in looks}) == len(looks)
-    assert len({look["marker"] for look in looks}) == len(looks)
-    assert draw.RED not in draw.METHODS.values()
+    """Colour alone tells methods apart; samplers, which no figure mixes with them, likewise."""
+    names = list(draw.LOOKS)
+    methods = [name for name in names[: names.index("Euler–Maruyama")] if "Algorithm" not in name]
+    for group in (methods, names[names.index("Euler–Maruyama") :]):
+        looks = [draw.look(name) for name in group]
+        assert len({look["color"] for look in looks}) == len(looks)
+        assert len({look["marker"] for look in looks}) == len(looks)
+    assert draw.RED not in [colour for colour, _, _ in draw.LOOKS.values()]
     with pytest.raises(ValueError, match=r"twisted SMC.*: 'SMC'"):
         draw.look("SMC")
+
+
+def test_the_pipeline_lights_its_boxes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(pipeline, "show", lambda figure, alt: shown.append(figure))
+    pipeline.pipeline("data", "noise")
+    texts = [t for t in shown[0].axes[0].texts if t.get_text()]
+    assert len(texts) == len(pipeline.BOXES)
+    lit = [t.get_text() for t in texts if t.get_color() == "white"]
+    assert lit == ["data $x_0$", "noise $x_1$"]
+    plt.close("all")
