@@ -43,7 +43,7 @@ def animated_png(
     ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
     ends.paste(images[0])
     ends.paste(images[-1], (0, images[0].height))
-    palette = ends.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette = ends.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     times, buffer = [milliseconds] * len(rest) + [hold], io.BytesIO()
     moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}

@@ -80,3 +80,16 @@ def test_both_have_the_same_sections():
         headings.append(re.findall(r"^#{2,3} .*", "\n".join(words), re.M))
     assert len(NOTEBOOKS) == 2
     assert headings[0] == headings[1]
+
+
+def test_what_both_say_is_said_once():
+    """Cells tagged `shared` are the same, in the same order; no other cell is in both lectures."""
+    shared, own = [], []
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, 4).cells
+        tagged = [c.source for c in cells if "shared" in c.metadata.get("tags", [])]
+        shared.append(tagged)
+        own.append({c.source for c in cells} - set(tagged))
+    assert shared[0] == shared[1]
+    assert len(shared[0]) > 50
+    assert not own[0] & own[1]
