@@ -251,8 +251,12 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
 
 
 def formulas(notebook):
-    """TeX of every formula in the markdown cells, outside code."""
-    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    """TeX of every formula in the markdown cells and in rendered tables, outside code."""
+    texts = []
+    for cell in notebook.cells:
+        tables = [o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", [])]
+        texts += [cell.source] if cell.cell_type == "markdown" else tables
+    text = "\n\n".join(texts)
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     return [
         display or inline
