@@ -40,7 +40,7 @@ def moment_matched(
 
         z_s = q z + (1 - q) D(z, σ_t) + ν n + β J n,   q and ν as in `reverse_moments`,
 
-    β as in `spread`. `ancestral` leaves β J n out, and so is too narrow: of a Gaussian 16 steps
+    β as in `spread`. `ancestral` leaves β J n out, and so is too narrow: of N(0, I) 16 steps
     keep 0.75 of the standard deviation, and any number of these all of it.
     Args: x: x_t, (B, *dims). t, s: numbers.   Returns: x_s.
     """
