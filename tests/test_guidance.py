@@ -504,7 +504,8 @@ def test_half_precision_has_its_small_matrices_in_single():
 
 @pytest.mark.timing
 def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
-    """Fastest of 15 turns each, taken in turn: what else the machine does only ever adds time."""
+    """Median ratio of 15 turns: a machine's slow moment meets both halves of a turn, or few turns."""
+    import statistics
     import time
 
     sde, steps, passes = SDES["ve"], [], []
@@ -522,8 +523,9 @@ def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
             torch.autograd.grad(x0_hat, z, x)
         steps.append(middle - began)
         passes.append(time.perf_counter() - middle)
-    print(f"step of DPS / forward and backward: {min(steps) / min(passes):.3f}")
-    assert min(steps) < 1.15 * min(passes)
+    ratio = statistics.median(a / b for a, b in zip(steps, passes, strict=True))
+    print(f"step of DPS / forward and backward: {ratio:.3f}")
+    assert ratio < 1.15
 
 
 def test_memory_of_guided_sampling_does_not_grow_with_steps(two_modes):
