@@ -302,8 +302,9 @@ def learned_features(results: Results, digits: Digits) -> tuple[Callable[[Tensor
     for n in (SAMPLES, 2 * SAMPLES):  # mean over ten subsets
         seeds = [torch.Generator().manual_seed(i) for i in range(10)]
         subsets = [real[torch.randperm(len(real), generator=seed)[:n]] for seed in seeds]
-        far = sum(float(su.frechet_distance(subset, real)) for subset in subsets) / 10
-        results.keep(round(far, 2), "real", f"{n} training digits")
+        far = torch.tensor([float(su.frechet_distance(subset, real)) for subset in subsets])
+        results.keep(round(float(far.mean()), 2), "real", f"{n} training digits")
+        results.keep(round(float(far.std()), 2), "real", f"{n} training digits, sd")
     far = round(float(su.frechet_distance(features(digits.held_out), real)), 2)
     results.keep(far, "real", f"{len(digits.held_out)} held-out digits")
     return features, real

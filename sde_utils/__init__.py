@@ -12,7 +12,7 @@ from .metrics import frechet_distance, psnr, sliced_wasserstein, total_variation
 from .networks import MLP, Denoiser, UNet
 from .observation import Observation
 from .predictors import Langevin, ancestral, euler, euler_maruyama, heun, multistep
-from .roll import roll_mass, swiss_roll, swiss_roll_curve, swiss_roll_density
+from .roll import roll_mass, roll_pieces, swiss_roll, swiss_roll_curve, swiss_roll_density
 from .roll import swiss_roll_parameter, swiss_roll_scaling
 from .sampling import karras_times, sample, uniform_times
 from .schedules import VESDE, VPSDE, SubVPSDE

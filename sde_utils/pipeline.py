@@ -1,4 +1,4 @@
-"""The lecture as one strip: data, noise, and the way back, with an observation or without."""
+"""Schemes: the lecture as one strip, and the image network."""
 
 from itertools import pairwise
 
@@ -39,3 +39,38 @@ def pipeline(*lit: str) -> None:
     ax.set(xlim=(-0.2, 9.6), ylim=(-0.45, 1.45))
     ax.set_axis_off()
     show(figure, "Data, forward SDE, noise, reverse SDE, weights, draws; denoiser, observation.")
+
+
+STAGES = (  # of `su.UNet()` on 28 x 28 pixels: side of the image, channels, what was done
+    (28, 1, "$z$"),
+    (14, 4, "fold 2 x 2"),
+    (14, 32, "block"),
+    (7, 32, "mean of 2 x 2"),
+    (7, 128, "block*"),
+    (7, 128, "blocks*"),
+    (14, 128, "double"),
+    (14, 32, "blocks"),
+    (14, 4, "convolve"),
+    (28, 1, "unfold: $F$"),
+)
+
+
+def unet() -> None:
+    """Show the image network: a box a stage, as high as its image, as wide as its channels."""
+    figure, ax = plt.subplots(figsize=(8.6, 2.4))
+    left, middles = 0.0, []
+    for side, channels, text in STAGES:
+        width = 0.25 + channels / 110
+        ax.add_patch(plt.Rectangle((left, -side / 20), width, side / 10, color=BLUE, alpha=0.6))
+        middles.append(left + width / 2)
+        words = f"{text}\n{side} x {side}\nx {channels}"
+        ax.text(middles[-1], -1.6, words, ha="center", va="top", linespacing=1.4)
+        left += width + 0.8
+    for a, b, start, top in ((2, 7, 0.8, 1.4), (4, 5, 0.45, 0.9)):  # what is passed on beside
+        bar = ([middles[a], middles[a], middles[b]], [start, top, top])
+        ax.plot(*bar, color="grey", marker="none", linewidth=1.2)
+        arrow = {"arrowstyle": "-|>", "color": "grey", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (middles[b], start), (middles[b], top), arrowprops=arrow)
+    ax.set(xlim=(-0.5, left - 0.3), ylim=(-3, 1.7))
+    ax.set_axis_off()
+    show(figure, "The U-Net: from 28 x 28 pixels down to 7 x 7 and back, copies passed across.")

@@ -14,6 +14,7 @@ from ._numerics import Denoise
 from .png import animate as animate
 from .png import animated_png as animated_png
 from .png import show as show
+from .roll import roll_pieces, swiss_roll_curve
 
 Extra = Tensor | None
 LIMIT = 2.3  # of the lecture's plane
@@ -37,7 +38,6 @@ LOOKS = {  # colour, marker and line of each, everywhere, in this order; RED is 
     "Heun": (BLUE, "^", "--"),
     "multistep": (INDIGO, "P", "--"),
 }
-
 
 
 def use_style() -> None:
@@ -114,32 +114,40 @@ def draw_density(ax: Axes, density: Denoise, sigma: float = 0, n: int = 200, **l
     draw_map(ax, on_plane(log_prob, plane(n=n), sigma), **look)
 
 
-def draw_mass(ax: Axes, masses: dict[str, Tensor]) -> None:
-    """Shares of samples per bin of the roll, (bins,), one line of steps per method."""
-    colours, lines = [BLACK, BLUE, ORANGE, GREEN, RED, PURPLE], ["-", "--", "-.", ":"]
-    for i, (name, mass) in enumerate(masses.items()):
-        mass = on_cpu(f"masses[{name!r}]", mass)
-        edges = torch.linspace(0, 1, len(mass) + 1, device="cpu")
-        style = {"color": colours[i % 6], "linestyle": lines[i % 4], "linewidth": 1.8}
-        ax.stairs(mass, edges, label=name, **style)
-    label = "parameter of the roll, inside to outside"
-    ax.set(xlabel=label, ylabel="share of samples", xlim=(0, 1))
+def draw_pieces(
+    ax: Axes, x: Tensor, mass: Tensor, right: Tensor, name: str, off: float = 0.04
+) -> None:
+    """Draws (B, 2) on the roll, and at each piece of the posterior their share, in per cent.
+
+    Args: mass, right: (bins,), theirs and the exact; RED where `off` by more. name: of LOOKS.
+    """
+    mass, right = on_cpu("mass", mass), on_cpu("right", right)
+    u = torch.linspace(0, 1, 20 * len(right), device="cpu")
+    ax.plot(*swiss_roll_curve(u).T, color="lightgrey", linewidth=4, marker="none", zorder=0)
+    draw_points(ax, x, color=look(name)["color"])
+    rest = 1 - sum(float(mass[piece].sum()) for piece in roll_pieces(right))
+    for piece in roll_pieces(right):
+        share, exact = float(mass[piece].sum()), float(right[piece].sum())
+        place = swiss_roll_curve(u.new_tensor([(piece.start + piece.stop) / len(right) / 2]))[0]
+        place, colour = place * (1 + 0.4 / place.norm()), RED if abs(share - exact) > off else BLACK
+        ax.text(*place.tolist(), f"{100 * share:.0f}", color=colour, ha="center", va="center")
+    ax.set_title(f"{name}, elsewhere {100 * abs(rest):.0f}", color=RED if rest > off else BLACK)
+
+
+def draw_shares(ax: Axes, shares: dict[str, Tensor]) -> None:
+    """Shares of classes 0, 1, ..., (k,): the first method's as bars, the others as marks on them.
+
+    Args: shares: by names of LOOKS.
+    """
+    for i, (name, share) in enumerate(shares.items()):
+        classes, share = torch.arange(len(share), device="cpu"), on_cpu(f"shares[{name!r}]", share)
+        if i == 0:
+            ax.bar(classes, share, width=0.9, color="lightgrey", label=name)
+        else:
+            place = classes + 0.7 * (i - len(shares) / 2) / len(shares)
+            ax.plot(place, share, **look(name) | {"linestyle": "none"})
+    ax.set(xticks=classes, xlabel="class", ylabel="share")
     ax.legend()
-
-
-def draw_shares(ax: Axes, shares: dict[str, Tensor], least: float = 0.05) -> None:
-    """One bar a method, of the shares of classes 0, 1, ..., (k,); those from `least` on named."""
-    for row, (name, share) in enumerate(shares.items()):
-        left, share = 0.0, on_cpu(f"shares[{name!r}]", share)
-        shades = plt.get_cmap("cividis")(torch.linspace(0.35, 1, len(share), device="cpu"))
-        for k, width in enumerate(share.tolist()):
-            ax.barh(row, width, left=left, color=shades[k], edgecolor="white", height=0.8)
-            if width >= least:
-                ax.text(left + width / 2, row, str(k), ha="center", va="center")
-            left += width
-    ax.set(yticks=range(len(shares)), yticklabels=list(shares), xlim=(0, 1), xlabel="share")
-    ax.set(ylim=(len(shares) - 0.5, -0.5))
-    ax.grid(False)
 
 
 def draw_images(ax: Axes, x: Tensor, columns: int, **look: Any) -> None:
@@ -169,9 +177,8 @@ def posterior_figure(
     given = {name: x for name, x in given.items() if x is not None}
     for name, x in given.items():
         check.batch(name, x)
-    names = [f"draw {i + 1}" for i in range(draws)]
-    titles = [*given, *names, "mean", "sd", "|error|"]
-    size = (0.95 * len(titles), 1.02 * len(results) + 0.25)
+    titles = [*given, *(names := [f"draw {i + 1}" for i in range(draws)]), "mean", "sd", "|error|"]
+    size = (0.86 * len(titles), 0.93 * len(results) + 0.25)
     figure, axes = plt.subplots(len(results), len(titles), figsize=size, squeeze=False)
     styles = {name: {"vmin": 0, "vmax": 1, "cmap": "cividis"} for name in titles[-2:]}
     if data is not None:

@@ -22,32 +22,40 @@ def pixels(figure: Figure, dpi: int) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def display_png(png: bytes, alt: str) -> None:
-    """Display a PNG with its description."""
+def display_png(png: bytes, alt: str, **size: int) -> None:
+    """Display a PNG with its description, `width` and `height` in pixels of the page."""
     bundle = {"image/png": b64encode(png).decode(), "text/plain": alt}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt} | size})
 
 
-def show(figure: Figure, alt: str, dpi: int = 100, colours: int = 128) -> None:
-    """Display a figure as a PNG of so many colours with its description `alt`, and close it."""
+def show(figure: Figure, alt: str, dpi: int = 150) -> None:
+    """Display a figure with its description `alt`, and close it.
+
+    As a PNG of 256 colours, dpi to the inch, shown at 100: sharp on fine screens, and small.
+    """
     buffer, image = io.BytesIO(), pixels(figure, dpi)
-    image.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    display_png(buffer.getvalue(), alt)
+    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(buffer, format="PNG", optimize=True)
+    size = {"width": round(100 * image.width / dpi), "height": round(100 * image.height / dpi)}
+    display_png(buffer.getvalue(), alt, **size)
 
 
 def animated_png(
     draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500
 ) -> bytes:
-    """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds."""
+    """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds.
+
+    Where nothing moves the last is shown.
+    """
     images = [pixels(draw(i), dpi) for i in range(check.count("frames", frames))]
     ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
     ends.paste(images[0])
     ends.paste(images[-1], (0, images[0].height))
     palette = ends.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times, buffer = [milliseconds] * len(rest) + [hold], io.BytesIO()
-    moving = {"save_all": True, "append_images": rest, "duration": times, "loop": 0}
-    first.save(buffer, format="PNG", optimize=True, **moving)
+    every = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    times, buffer = [milliseconds] * (frames - 1) + [hold], io.BytesIO()
+    moving = {"save_all": True, "append_images": every, "duration": times, "loop": 0}
+    every[-1].save(buffer, format="PNG", optimize=True, default_image=True, **moving)
     return buffer.getvalue()
 
 

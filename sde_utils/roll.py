@@ -108,3 +108,14 @@ def roll_mass(x: Tensor, weights: Tensor | None = None, bins: int = 20) -> Tenso
     check.weights("weights", weights, len(x))
     shares = (weights / weights.sum()).to(x.dtype).to(x.device)
     return torch.zeros(bins, dtype=x.dtype, device=x.device).index_add(0, index, shares)
+
+
+def roll_pieces(mass: Tensor, least: float = 0.01) -> list[slice]:
+    """Runs of neighbouring bins with shares, (bins,) as of `roll_mass`, of at least `least`."""
+    check.tensor("mass", mass)
+    found: list[slice] = []
+    for i, share in enumerate(mass.tolist()):
+        if share >= least:
+            begin = found.pop().start if found and found[-1].stop == i else i
+            found.append(slice(begin, i + 1))
+    return found

@@ -18,26 +18,36 @@ NOTEBOOKS = sorted(ROOT.glob("*_example.ipynb"))
 SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
 
 
-FEWER = {  # what makes the lectures long, and what does instead to see that every cell runs
+FEWER = {  # what makes the notebooks long, and what does instead to see that every cell runs
     "N_DATA = 20_000": "N_DATA = 5_000",
-    "TRAIN_STEPS = 3_000": "TRAIN_STEPS = 20",
+    "TRAIN_STEPS = 2_000": "TRAIN_STEPS = 20",
     "N_SAMPLES = 2_000": "N_SAMPLES = 100",
-    "RUNS, POINTS = 4, 800": "RUNS, POINTS = 2, 50",
-    "(3000, 2)": "(300, 2)",
+    "RUNS, POINTS = 4, 400": "RUNS, POINTS = 2, 50",
+    "(2000, 2)": "(300, 2)",
     "400_000": "10_000",
     "50_000": "5_000",
-    "(150, *shape)": "(20, *shape)",
-    "(400, *shape)": "(50, *shape)",
+    "(100, *shape)": "(20, *shape)",
+    "(300, *shape)": "(50, *shape)",
     "(256, *shape)": "(32, *shape)",
+    "(12, 1, 28, 28)": "(4, 1, 28, 28)",
+    "(8, *shape)": "(3, *shape)",
+    "counted, 2000)": "counted, 1200)",
+    "x1[:200]": "x1[:40]",
     "observed[live], pool, 32": "observed[live], pool, 8",
-    "prior.sample(3200, own)": "prior.sample(200, own)",
-    "pool, 200, final": "pool, 50, final",
-    "4000": "300",
-    "2000": "200",
+    "prior.sample(2000, own)": "prior.sample(200, own)",
+    "pool, 125, final": "pool, 50, final",
+    "digits[::38]": "digits[::400]",
+    "held_out[::2]": "held_out[::25]",
+    "n=600, runs=4": "n=100, runs=2",
+    "n=300)": "n=50)",
+    "guided_draws(name, exact, 1200)": "guided_draws(name, exact, 600)",
+    "(4000, 1)": "(2000, 1)",
+    "4000, 2": "400, 2",  # from here on in the solutions only
     "steps=200": "steps=30",
     '"steps": 200': '"steps": 30',
-    "su.karras_times(sde, 50)": "su.karras_times(sde, 12)",
-    "su.karras_times(sde, 100)": "su.karras_times(sde, 20)",
+    "(50, 200, 1000)": "(20, 30, 50)",
+    "range(6)": "range(1)",
+    "(24, 1, 28, 28)": "(8, 1, 28, 28)",
 }
 
 
@@ -50,9 +60,13 @@ def turn_down(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
-    """Run in the folder of the notebook. Raises nbclient's error where a cell fails."""
+def execute(path: Path, fewer: bool = False) -> nbformat.NotebookNode:
+    """Run in the folder of the notebook, counts turned down if `fewer`.
+
+    Raises nbclient's error where a cell fails.
+    """
     notebook = nbformat.read(path, as_version=4)
+    notebook = turn_down(notebook) if fewer else notebook
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
     return notebook

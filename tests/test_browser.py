@@ -118,7 +118,7 @@ def open_page(browser):
 def server(tmp_path_factory):
     """`jupyter notebook` on a copy of the notebooks without outputs, with nobody's settings.
 
-    Their counts are turned down. Yields f(path): the address of `path`.
+    Their counts are turned down, their sliders on. Yields f(path): the address of `path`.
     """
     home = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "sde_utils", home / "root" / "sde_utils")
@@ -126,6 +126,7 @@ def server(tmp_path_factory):
         notebook = turn_down(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
             if cell.cell_type == "code":
+                cell.source = cell.source.replace("INTERACTIVE = False", "INTERACTIVE = True")
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, home / "root" / path.name)
     with socket.socket() as probe:
@@ -200,7 +201,7 @@ def shows_two_pictures(page, image):
 def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
     """From the menu: every cell runs, none raises or warns, and the kernel ends idle.
 
-    There are as many figures as in the committed file, and one moves.
+    There are as many figures as in the committed file, one moves, and one obeys its widgets.
     """
     committed = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     page = open_page(browser)
@@ -238,7 +239,7 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
         '[data-mime-type="application/vnd.jupyter.stderr"]'
     )
 
-    figures = page.query_selector_all(".jp-OutputArea-output img")
+    figures = page.query_selector_all(".jp-OutputArea-output img:not(.widget-interact img)")
     for i, figure in enumerate(figures):
         figure.scroll_into_view_if_needed()
         page.screenshot(path=tmp_path / f"figure-{i:02}.png")
@@ -247,6 +248,16 @@ def test_run_all_in_jupyter_notebook(path, server, browser, tmp_path):
     )
     assert all(figure.evaluate("i => i.complete && i.naturalWidth > 100") for figure in figures)
     assert one_moves(page, figures)
+    assert len(page.query_selector_all(".widget-interact .widget-slider")) == 2
+
+    def drawn():
+        picture = page.query_selector(".widget-interact img")
+        return picture and picture.get_attribute("src")
+
+    before = drawn()
+    assert before
+    page.select_option(".widget-interact select", "DPS")
+    wait_for(lambda: drawn() not in (None, before), 60, "a picture follows the choice", pause)
     page.close()
 
 

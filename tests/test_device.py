@@ -174,7 +174,8 @@ def test_operators_and_figures_without_float64(device):
     draw.draw_density(figure.axes[0], mix, 0.3, n=20)
     draw.draw_field(figure.axes[0], mix, 0.3)
     draw.draw_points(figure.axes[0], torch.randn(5, 2))
-    draw.draw_mass(figure.axes[0], {"a": su.roll_mass(torch.randn(50, 2))})
+    mass = su.roll_mass(torch.randn(50, 2))
+    draw.draw_pieces(figure.axes[0], torch.randn(5, 2), mass, mass, "DPS")
     draw.plt.close(figure)
 
 

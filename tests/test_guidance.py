@@ -504,7 +504,7 @@ def test_half_precision_has_its_small_matrices_in_single():
 
 @pytest.mark.timing
 def test_a_step_of_dps_costs_a_forward_and_a_backward_pass(learned):
-    """Median ratio of 15 turns: a machine's slow moment meets both halves of a turn, or few turns."""
+    """Median ratio of 15 turns: a slow moment of the machine meets both halves of one, or few."""
     import statistics
     import time
 

@@ -1,5 +1,6 @@
 """The notebooks run, and what is committed is one clean execution of the code beside it."""
 
+import ast
 import json
 import re
 
@@ -14,13 +15,33 @@ PRIVATE = r"(/(home|root|work|tmp|Users)/|site-packages|Warning)"
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
 def test_solutions_run(path):
-    """From top to bottom; the browser's and Colab's tests run the lectures, counts turned down."""
-    assert all(c.execution_count for c in execute(path).cells if c.cell_type == "code")
+    """From top to bottom, counts turned down, as the lectures in the browser's and Colab's tests.
+
+    What came of the full counts is what is committed.
+    """
+    assert all(c.execution_count for c in execute(path, fewer=True).cells if c.cell_type == "code")
 
 
 def test_what_is_turned_down_is_there():
-    lectures = " ".join(p.read_text(encoding="utf-8").replace('\\"', '"') for p in NOTEBOOKS)
-    assert not [count for count in FEWER if count not in lectures]
+    paths = NOTEBOOKS + SOLUTIONS
+    every = " ".join(p.read_text(encoding="utf-8").replace('\\"', '"') for p in paths)
+    assert not [count for count in FEWER if count not in every]
+
+
+@each
+def test_stub_and_answer_share_their_functions(path):
+    """Each function that an exercise gives stands in the solutions as it is."""
+    cells = nbformat.read(path, 4).cells
+    starts = [i for i, c in enumerate(cells) if re.match(r"\*\*\d\. ", c.source)]
+    solved = path.parent / "solutions" / path.name.replace("example", "solutions")
+    answers = "\n".join(c.source for c in nbformat.read(solved, 4).cells)
+    given = []
+    for i in starts:
+        stub = cells[i + 1].source
+        defined = [node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)]
+        given += [ast.get_source_segment(stub, node) for node in defined]
+    assert len(given) >= 4
+    assert not [function for function in given if function not in answers]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: p.stem)

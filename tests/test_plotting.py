@@ -75,12 +75,20 @@ def test_posterior_figure_of_one_method():
     plt.close(figure)
 
 
-def test_mass_of_any_number_of_methods(ax):
-    masses = {f"method {i}": torch.full((4,), 0.25) for i in range(13)}
-    draw.draw_mass(ax, masses)
-    looks = {(p.get_edgecolor(), p.get_linestyle()) for p in ax.patches}
-    assert len(ax.patches) == 13
-    assert len(looks) == 12
+def test_shares_stand_at_their_pieces(ax):
+    """Bins 3 and 4 are one piece, 8 another; what is off is red, and so is much elsewhere."""
+    right = torch.tensor([0, 0, 0, 0.2, 0.2, 0, 0.004, 0, 0.596, 0])
+    mass = torch.tensor([0.1, 0, 0, 0.19, 0.19, 0, 0, 0, 0.52, 0])
+    draw.draw_pieces(ax, torch.randn(20, 2, generator=rng(0)), mass, right, "MMPS")
+    assert su.roll_pieces(right) == [slice(3, 5), slice(8, 9)]
+    labels = [(t.get_text(), t.get_color()) for t in ax.texts]
+    assert labels == [("38", draw.BLACK), ("52", draw.RED)]
+    assert ax.get_title() == "MMPS, elsewhere 10"
+    assert ax.title.get_color() == draw.RED
+    places = torch.tensor([t.get_position() for t in ax.texts])
+    middles = su.swiss_roll_curve(torch.tensor([0.4, 0.85]))
+    gaps = (places - middles).norm(dim=1)
+    torch.testing.assert_close(gaps, torch.full((2,), 0.4))
 
 
 def test_maps_points_and_fields(ax):
@@ -116,11 +124,14 @@ def test_a_moving_picture_has_its_frames():
         return figure
 
     with Image.open(io.BytesIO(draw.animated_png(frame, 3, milliseconds=50, hold=400))) as png:
-        durations = []
-        for k in range(png.n_frames):
+        durations, pictures = [], []
+        for k in range(png.n_frames):  # the first is for those who cannot show the others
             png.seek(k)
-            durations.append(png.info["duration"])
-    assert durations == [50, 50, 400]
+            durations.append(png.info.get("duration"))
+            pictures.append(np.asarray(png.convert("RGB")))
+    assert durations[1:] == [50, 50, 400]
+    np.testing.assert_array_equal(pictures[0], pictures[-1])
+    assert (pictures[1] != pictures[-1]).any()
     plt.rcdefaults()
 
 
@@ -151,7 +162,7 @@ def test_bad_input_is_named(ax):
         (lambda: draw.draw_images(ax, x.numpy(), 1), "x must be"),
         (lambda: draw.draw_points(ax, np.zeros((4, 2))), "x must be"),
         (lambda: draw.draw_map(ax, np.zeros(4)), "values must be"),
-        (lambda: draw.draw_mass(ax, {"a": np.ones(4) / 4}), r"masses\['a'\] must be"),
+        (lambda: draw.draw_pieces(ax, x, np.ones(4) / 4, torch.ones(4), "MMPS"), "mass must be"),
         (lambda: draw.posterior_figure(x[:1].numpy(), None, {"a": x}), "truth must be"),
         (lambda: draw.posterior_figure(x[:1], None, {"a": x.numpy()}), r"results\['a'\] must be"),
     ):
@@ -159,15 +170,17 @@ def test_bad_input_is_named(ax):
             call()
 
 
-def test_shares_are_as_long_as_they_are_large_and_named_when_large(ax):
+def test_shares_are_bars_of_the_first_and_marks_of_the_others(ax):
     shares = {"exact": torch.tensor([0.5, 0.04, 0.46]), "MMPS": torch.tensor([0.0, 1.0, 0.0])}
+    shares["DPS"] = torch.tensor([0.3, 0.3, 0.4])
     draw.draw_shares(ax, shares)
-    middle = [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
-    boxes = [(y, bar.get_x(), bar.get_width()) for y, bar in zip(middle, ax.patches, strict=True)]
-    expected = [(0, 0, 0.5), (0, 0.5, 0.04), (0, 0.54, 0.46), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
-    np.testing.assert_allclose(boxes, expected, atol=1e-6)
-    assert [(t.get_text(), t.get_position()[1]) for t in ax.texts] == [("0", 0), ("2", 0), ("1", 1)]
-    assert [label.get_text() for label in ax.get_yticklabels()] == list(shares)
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], shares["exact"])
+    for line, name in zip(ax.lines, ("MMPS", "DPS"), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), shares[name])
+        np.testing.assert_array_equal(np.round(line.get_xdata()), [0, 1, 2])
+        assert line.get_color() == draw.look(name)["color"]
+    assert (ax.lines[0].get_xdata() < ax.lines[1].get_xdata()).all()
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == set(shares)
 
 
 def test_each_method_has_a_look_of_its_own():
