@@ -1,14 +1,10 @@
 """How good the shipped digit network is: `python scripts/measure.py` writes the numbers that the
 notebooks plot, sde_utils/pretrained/mnist.json.
 
-problems: 16 held-out digits for each of four tasks and each method: PSNR, residual and the
-    coverage of 90 % intervals.
-exact: 4 digits, lower half hidden, the training digits as prior: total variation of each method's
-    class probabilities from the exact ones.
-quality: Fréchet distance of samples to real digits, in the features of a small classifier trained
-    here, against the number of network calls.
+Fréchet distance of samples to real digits, in the features of a small classifier trained here,
+against the number of network calls. (Posteriors: calibrate.py.)
 
-Takes about an hour on two CPU cores. What is in the file is kept, so that a run cut short goes on;
+Takes half an hour on two CPU cores. What is in the file is kept, so that a run cut short goes on;
 --fresh starts anew.
 """
 
@@ -16,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +22,6 @@ from torch import Tensor, nn
 
 import sde_utils as su
 from sde_utils.digits import PRETRAINED
-from sde_utils.operators import Blur, Downsampling, Inpainting, Radon, box_mask, motion_kernel
 
 RESULTS = PRETRAINED / "mnist.json"
 SDES = {"VE": su.VESDE(), "VP": su.VPSDE()}
@@ -38,17 +32,10 @@ CALLS = {
     "Heun": (5, 9, 17, 35, 69),
     "multistep": (5, 9, 17, 35),
 }
-TASKS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # operator and σ_y
-    "inpainting": (Inpainting(box_mask(28, 28, 8, 8, 20, 20)), 0.1),
-    "super-resolution": (Downsampling(4), 0.1),
-    "deblurring": (Blur(motion_kernel(9, 45.0)), 0.1),
-    "tomography": (Radon(28, [0.0, 45.0, 90.0, 135.0]), 1.0),
-}
-METHODS = ("Annealed", "DPS", "MMPS", "twisted SMC")
 SHAPE = (1, 28, 28)
-STEPS, DRAWS, PARTICLES, PROBLEMS, SAMPLES = 30, 19, 32, 16, 500
+SAMPLES = 500
 # of names in the file, below the first
-DEPTHS = {"problems": 3, "exact": 1, "real": 1, "quality of twice as many": 1, "quality": 3}
+DEPTHS = {"real": 1, "quality of twice as many": 1, "quality": 3}
 
 
 class Digits(NamedTuple):
@@ -133,136 +120,6 @@ def nested(value: object, depth: int) -> bool:
         values = value if isinstance(value, list) else [value]
         return all(isinstance(v, (int, float)) for v in values)
     return isinstance(value, dict) and all(nested(v, depth - 1) for v in value.values())
-
-
-def mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each column."""
-    return {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in rows[0]}
-
-
-# problems
-
-
-def measure_problems(results: Results, denoiser: su.Denoiser, digits: Digits) -> None:
-    """Each method on each task."""
-    for task, (operator, noise) in TASKS.items():
-        sde = SDES["VE" if task in ("inpainting", "super-resolution") else "VP"]
-        for method in METHODS:
-            if results.known("problems", task, method):
-                continue
-            rows = []
-            for i in range(PROBLEMS):
-                truth = digits.held_out[15 * i + 7][None]
-                generator = torch.Generator(truth.device).manual_seed(1000 + i)
-                y = operator(truth)
-                y = y + noise * torch.randn(y.shape, generator=generator, device=y.device)
-                obs = su.Observation(operator, y[0], noise)
-                x = solve(sde, denoiser, method, obs, DRAWS, STEPS, generator)
-                rows.append(judge(x, truth, obs))
-            results.keep(mean(rows), "problems", task, method)
-
-
-def solve(
-    sde: su.SDE,
-    denoiser: su.Denoiser,
-    method: str,
-    obs: su.Observation,
-    draws: int,
-    steps: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """`draws` images for one observation by one of METHODS, `steps` network calls each."""
-    times = su.karras_times(sde, steps)
-    n = PARTICLES if method == "twisted SMC" else draws
-    x = sde.prior((n, *SHAPE), device=obs.y.device, generator=generator)
-    if method == "twisted SMC":
-        guided = su.PiGDM(denoiser, obs, SHAPE)
-        particles = su.twisted_smc(sde, guided, x, times=times, generator=generator)
-        return particles.resample(draws, generator)
-    if method == "MMPS":
-        guided = su.MMPS(denoiser, obs, iterations=3, dense=1)
-    else:
-        guided = {"Annealed": su.Annealed, "DPS": su.DPS}[method](denoiser, obs)
-    return su.sample(sde, guided, x, times=times, predictor=su.ancestral, generator=generator)
-
-
-def judge(x: Tensor, truth: Tensor, obs: su.Observation) -> dict[str, float]:
-    """PSNR of the draws and of their mean, residual over σ_y, and coverage.
-
-    That is how often a pixel's 90 % interval holds the truth. Pixels whose draws agree to 0.02
-    are left out: they are background in every digit; `told` is the share of the others.
-    """
-    low, high = su.central_interval(x)
-    told = high - low > 0.02
-    inside = ((truth[0] >= low) & (truth[0] <= high))[told]
-    return {
-        "psnr_draw": float(su.psnr(x, truth).mean()),
-        "psnr_mean": float(su.psnr(x.mean(0, keepdim=True), truth)),
-        "residual": float(obs.residual(x).square().mean().sqrt()) / obs.noise_std,
-        "coverage": float(inside.float().mean()) if told.any() else math.nan,
-        "told": float(told.float().mean()),
-    }
-
-
-# exact
-
-
-def measure_exact(results: Results, digits: Digits) -> None:
-    """Four digits, by VP and VE in turn."""
-    if results.known("exact"):
-        return
-    rows = []
-    for i in range(4):
-        truth, sde = digits.held_out[60 * i + 27][None], SDES["VE" if i % 2 else "VP"]
-        generator = torch.Generator(truth.device).manual_seed(2000 + i)
-        rows.append(exact_problem(sde, digits.train, digits.labels, truth, generator))
-    results.keep(mean(rows), "exact")
-
-
-def exact_problem(
-    sde: su.SDE, images: Tensor, labels: Tensor, truth: Tensor, generator: torch.Generator
-) -> dict[str, float]:
-    """Total variation from the exact class probabilities.
-
-    Of 200 draws of each method, of twisted SMC with more particles, and of exact draws.
-    """
-    prior, device = su.IsotropicMixture(images, 0.01), truth.device
-    y = upper_half(truth) + 4.0 * torch.randn(1, 1, 14, 28, generator=generator, device=device)
-    obs = su.Observation(upper_half, y[0], 4.0)
-    posterior, times = prior.posterior(obs), su.karras_times(sde, STEPS)
-    right = torch.zeros(10, device=device).index_add(0, labels, posterior.weights.to(truth))
-    found = {}
-    for guided in (su.Annealed(prior, obs), su.DPS(prior, obs), su.MMPS(prior, obs, iterations=2)):
-        x = sde.prior((200, *SHAPE), device=device, generator=generator)
-        x = su.sample(sde, guided, x, times=times, predictor=su.ancestral, generator=generator)
-        found[type(guided).__name__] = class_probabilities(x, images, labels)
-    for n in (400, 1600):
-        x = sde.prior((n, *SHAPE), device=device, generator=generator)
-        twist = su.Annealed(prior, obs)
-        particles = su.twisted_smc(sde, twist, x, times=times, generator=generator)
-        weights = particles.log_weights.exp()
-        shares = class_probabilities(particles.x, images, labels, weights)
-        found[f"twisted SMC, {n} particles"] = shares
-    x = posterior.sample(200, generator)
-    found["200 exact draws"] = class_probabilities(x, images, labels)
-    return {name: float(su.total_variation(p, right)) for name, p in found.items()}
-
-
-def upper_half(x: Tensor) -> Tensor:
-    """A: the first 14 of 28 rows."""
-    return x[:, :, :14]
-
-
-def class_probabilities(
-    x: Tensor, images: Tensor, labels: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Share of (weighted) draws x, (B, *dims), nearest to an image of each label, (10,)."""
-    nearest = labels[torch.cdist(x.flatten(1), images.flatten(1)).argmin(dim=1)]
-    weights = torch.full((len(x),), 1 / len(x)) if weights is None else weights
-    return torch.zeros(10, device=x.device).index_add(0, nearest, weights.to(x))
-
-
-# quality
 
 
 def measure_quality(
@@ -366,11 +223,10 @@ def generate(
 def main(arguments: list[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parts, sdes = ("problems", "exact", "quality"), list(SDES)
+    sdes = list(SDES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="forget what is in the file")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--sdes", nargs="+", choices=sdes, default=sdes, help="of the quality part")
+    parser.add_argument("--sdes", nargs="+", choices=sdes, default=sdes)
     settings = parser.parse_args(arguments)
     try:
         results = Results(settings.out, DEPTHS, settings.fresh)
@@ -380,12 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     denoiser = su.load_pretrained("mnist").to(device)
     split = (*su.mnist(split="train"), *su.mnist(split="test"))
     digits = Digits(*(a.to(device) for a in split))
-    if "problems" in settings.parts:
-        measure_problems(results, denoiser, digits)
-    if "exact" in settings.parts:
-        measure_exact(results, digits)
-    if "quality" in settings.parts:
-        measure_quality(results, denoiser, digits, settings.sdes)
+    measure_quality(results, denoiser, digits, settings.sdes)
 
 
 if __name__ == "__main__":
