@@ -9,7 +9,7 @@ problems: for each of four tasks and each method PSNR, residual, coverage of 90 
     ranks of three scalars; of digits drawn from the network, where only the sampler can be wrong,
     and of held-out ones, where the network can be, too.
 
-Lists have one entry a problem. Takes about seven hours on two CPU cores. What is in the file is
+Lists have one entry a problem. Takes about six hours on two CPU cores. What is in the file is
 kept, so that a run cut short goes on; --fresh starts anew.
 """
 
