@@ -43,7 +43,6 @@ FEWER = {  # what makes the notebooks long, and what does instead to see that ev
     "guided_draws(name, exact, 1200)": "guided_draws(name, exact, 600)",
     "(4000, 1)": "(2000, 1)",
     "4000, 2": "400, 2",  # from here on in the solutions only
-    "steps=200": "steps=30",
     '"steps": 200': '"steps": 30',
     "(50, 200, 1000)": "(20, 30, 50)",
     "range(6)": "range(1)",
