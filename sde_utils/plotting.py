@@ -45,7 +45,7 @@ def use_style() -> None:
     colours = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
     plt.rc("axes", prop_cycle=plt.cycler(color=colours, marker=list("os^DvP")), grid=True)
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3})
-    plt.rcParams.update({"image.cmap": "cividis", "legend.frameon": False, "font.size": 9})
+    plt.rcParams.update({"image.cmap": "cividis", "legend.frameon": False, "font.size": 10})
     plt.rcParams.update({"lines.markersize": 4, "figure.constrained_layout.use": True})
 
 
@@ -125,20 +125,18 @@ def draw_pieces(
     u = torch.linspace(0, 1, 20 * len(right), device="cpu")
     ax.plot(*swiss_roll_curve(u).T, color="lightgrey", linewidth=4, marker="none", zorder=0)
     draw_points(ax, x, color=look(name)["color"])
-    rest = 1 - sum(float(mass[piece].sum()) for piece in roll_pieces(right))
+    rest = 1 - float(sum(mass[piece].sum() for piece in roll_pieces(right)))
     for piece in roll_pieces(right):
         share, exact = float(mass[piece].sum()), float(right[piece].sum())
         place = swiss_roll_curve(u.new_tensor([(piece.start + piece.stop) / len(right) / 2]))[0]
-        place, colour = place * (1 + 0.4 / place.norm()), RED if abs(share - exact) > off else BLACK
-        ax.text(*place.tolist(), f"{100 * share:.0f}", color=colour, ha="center", va="center")
-    ax.set_title(f"{name}, elsewhere {100 * abs(rest):.0f}", color=RED if rest > off else BLACK)
+        style = {"color": RED, "weight": "bold"} if abs(share - exact) > off else {"color": BLACK}
+        place = (place * (1 + 0.4 / place.norm())).tolist()
+        ax.text(*place, f"{100 * share:.0f}", ha="center", va="center", **style)
+    ax.set_title(f"{name}, {100 * abs(rest):.0f} elsewhere", color=RED if rest > off else BLACK)
 
 
 def draw_shares(ax: Axes, shares: dict[str, Tensor]) -> None:
-    """Shares of classes 0, 1, ..., (k,): the first method's as bars, the others as marks on them.
-
-    Args: shares: by names of LOOKS.
-    """
+    """Shares of classes 0, 1, ..., (k,), by names of LOOKS: bars for the first, else marks."""
     for i, (name, share) in enumerate(shares.items()):
         classes, share = torch.arange(len(share), device="cpu"), on_cpu(f"shares[{name!r}]", share)
         if i == 0:

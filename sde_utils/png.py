@@ -28,20 +28,20 @@ def display_png(png: bytes, alt: str, **size: int) -> None:
     display(bundle, raw=True, metadata={"image/png": {"alt": alt} | size})
 
 
-def show(figure: Figure, alt: str, dpi: int = 150) -> None:
+def show(figure: Figure, alt: str, dpi: int = 130) -> None:
     """Display a figure with its description `alt`, and close it.
 
     As a PNG of 256 colours, dpi to the inch, shown at 100: sharp on fine screens, and small.
     """
     buffer, image = io.BytesIO(), pixels(figure, dpi)
-    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(buffer, format="PNG", optimize=True)
     size = {"width": round(100 * image.width / dpi), "height": round(100 * image.height / dpi)}
     display_png(buffer.getvalue(), alt, **size)
 
 
 def animated_png(
-    draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 70, hold: int = 1500
+    draw: Draw, frames: int, milliseconds: int = 120, dpi: int = 85, hold: int = 1500
 ) -> bytes:
     """draw(0), ..., draw(frames - 1) as an animated PNG; the last stays for `hold` milliseconds.
 

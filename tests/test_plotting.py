@@ -83,7 +83,7 @@ def test_shares_stand_at_their_pieces(ax):
     assert su.roll_pieces(right) == [slice(3, 5), slice(8, 9)]
     labels = [(t.get_text(), t.get_color()) for t in ax.texts]
     assert labels == [("38", draw.BLACK), ("52", draw.RED)]
-    assert ax.get_title() == "MMPS, elsewhere 10"
+    assert ax.get_title() == "MMPS, 10 elsewhere"
     assert ax.title.get_color() == draw.RED
     places = torch.tensor([t.get_position() for t in ax.texts])
     middles = su.swiss_roll_curve(torch.tensor([0.4, 0.85]))
