@@ -65,7 +65,7 @@ def unet() -> None:
         middles.append(left + width / 2)
         words = f"{text}\n{side} x {side}\nx {channels}"
         ax.text(middles[-1], -1.6, words, ha="center", va="top", linespacing=1.4)
-        left += width + 0.8
+        left += width + 0.95
     for a, b, start, top in ((2, 7, 0.8, 1.4), (4, 5, 0.45, 0.9)):  # what is passed on beside
         bar = ([middles[a], middles[a], middles[b]], [start, top, top])
         ax.plot(*bar, color="grey", marker="none", linewidth=1.2)
