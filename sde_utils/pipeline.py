@@ -50,7 +50,7 @@ STAGES = (  # of `su.UNet()` on 28 x 28 pixels: side of the image, channels, wha
     (7, 128, "blocks*"),
     (14, 128, "double"),
     (14, 32, "blocks"),
-    (14, 4, "convolve"),
+    (14, 4, "conv."),
     (28, 1, "unfold: $F$"),
 )
 
