@@ -205,3 +205,23 @@ def test_the_pipeline_lights_its_boxes(monkeypatch):
     lit = [t.get_text() for t in texts if t.get_color() == "white"]
     assert lit == ["data $x_0$", "noise $x_1$"]
     plt.close("all")
+
+
+def test_the_scheme_of_the_network_is_the_network(monkeypatch):
+    """Side and channels of each stage are those that a U-Net's layers put out, in their order."""
+    net, seen = su.UNet(), [(28, 1)]
+    for layer in net.modules():
+        if layer in (net.first, net.last) or type(layer).__name__ == "ResidualBlock":
+            layer.register_forward_hook(lambda *a: seen.append((a[2].shape[2], a[2].shape[1])))
+    net(torch.zeros(1, 1, 28, 28), torch.zeros(1))
+    drawn = [stage[:2] for stage in pipeline.STAGES]
+    changes = [a for a, b in zip(seen, [*seen[1:], None], strict=True) if a != b]
+    named = ("$z$", "block", "block*", "blocks", "conv.")  # the others are no layers, or repeat one
+    assert changes == [stage[:2] for stage in pipeline.STAGES if stage[2] in named]
+    assert drawn[0] == drawn[-1] == (28, 1)
+    shown = []
+    monkeypatch.setattr(pipeline, "show", lambda figure, alt: shown.append((figure, alt)))
+    pipeline.unet()
+    boxes = shown[0][0].axes[0].patches
+    assert [round(10 * box.get_height()) for box in boxes] == [side for side, _ in drawn]
+    plt.close(shown[0][0])
