@@ -69,12 +69,17 @@ class Observation:
     def matrix(self, shape: Sequence[int]) -> Tensor:
         """A as a matrix, for x_0 of this shape.
 
+        In float64; in the default dtype if A holds numbers of it and takes no other.
         Args: shape: of one x_0, dims.   Returns: (m, d), d the product of dims, float64, CPU.
         Raises `ValueError` if A is not linear.
         """
         shape = check.shape(shape)
         check.require(len(shape) > 0, "shape must have at least one size, got ()")
         like = torch.zeros(1, *shape, dtype=widest(self.y), device=self.y.device)
+        try:
+            check.applied(self.operator, like)
+        except RuntimeError:  # of a dtype
+            like = like.to(torch.get_default_dtype())
         check.linear(self.operator, like)
         identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
         with torch.no_grad():
