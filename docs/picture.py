@@ -68,8 +68,9 @@ def frame(i: int) -> Figure:
             ax.set_title(f"{name}\n{note}", color=draw.RED if wrong > 0.1 else draw.BLACK)
         else:
             size = (1 + levels[i] ** 2) ** 0.5
-            log_p = roll.log_prob(size * draw.plane(n=100), levels[i])
-            draw.draw_map(ax, log_p, cmap="Greys", alpha=0.5)
+            log_p = roll.log_prob(size * draw.plane(n=100), levels[i]).unflatten(0, (100, 100)).T
+            bands = [float(log_p.max()) - depth for depth in (5, 3, 1, -1)]
+            ax.contourf(axis, axis, log_p, levels=bands, colors=("#eeeeee", "#dddddd", "#cccccc"))
             x = state(name, levels[i])[:600] / size
             draw.draw_points(ax, x, color=draw.look(name)["color"])
             ax.set_title(f"{name}\n$\\sigma$ = {levels[i]:.2f}")
@@ -78,6 +79,7 @@ def frame(i: int) -> Figure:
 
 
 draw.use_style()
+axis = torch.linspace(-draw.LIMIT, draw.LIMIT, 100)
 png = draw.animated_png(frame, FRAMES, milliseconds=110, dpi=100, hold=4000)
 (HERE / "posterior.png").write_bytes(png)
 print(f"docs/posterior.png, {len(png) / 1000:.0f} KB")

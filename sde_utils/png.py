@@ -48,10 +48,10 @@ def animated_png(
     Where nothing moves the last is shown.
     """
     images = [pixels(draw(i), dpi) for i in range(check.count("frames", frames))]
-    ends = Image.new("RGB", (images[0].width, 2 * images[0].height))  # the palette is theirs
-    ends.paste(images[0])
-    ends.paste(images[-1], (0, images[0].height))
-    palette = ends.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    sheet = Image.new("RGB", (images[0].width, 3 * images[0].height))  # the palette is theirs
+    for i, image in enumerate((images[0], images[frames // 2], images[-1])):
+        sheet.paste(image, (0, i * image.height))
+    palette = sheet.quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     every = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     times, buffer = [milliseconds] * (frames - 1) + [hold], io.BytesIO()
     moving = {"save_all": True, "append_images": every, "duration": times, "loop": 0}

@@ -16,6 +16,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("*_example.ipynb"))
 SOLUTIONS = sorted(ROOT.glob("solutions/*.ipynb"))
+JAPANESE = [ROOT / "ja" / path.name for path in NOTEBOOKS]
+READ = [NOTEBOOKS[0], JAPANESE[1]]  # run as readers do; the code is the same in both languages
 
 
 FEWER = {  # what makes the notebooks long, and what does instead to see that every cell runs

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import product
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
-from notebooks import NOTEBOOKS, ROOT, turn_down
+from notebooks import JAPANESE, NOTEBOOKS, READ, ROOT, turn_down
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
@@ -28,7 +29,7 @@ mathjax = pytest.importorskip(
 )
 
 pytestmark = pytest.mark.slow
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+each = pytest.mark.parametrize("path", READ, ids=lambda p: p.stem)
 
 MATHJAX = "https://cdnjs.cloudflare.com/ajax/libs/mathjax/2.7.9/"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -122,7 +123,7 @@ def server(tmp_path_factory):
     """
     home = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "sde_utils", home / "root" / "sde_utils")
-    for path in NOTEBOOKS:
+    for path in READ:
         notebook = turn_down(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
             if cell.cell_type == "code":
@@ -277,8 +278,8 @@ def formulas(notebook):
 
 @pytest.fixture(
     scope="module",
-    params=[(path, template) for path in NOTEBOOKS for template in PARTS],
-    ids=lambda p: f"{p[0].stem}-{p[1]}",
+    params=[*product(NOTEBOOKS, PARTS), *product(JAPANESE, ["lab"])],
+    ids=lambda p: f"{p[0].relative_to(ROOT)}-{p[1]}",
 )
 def html(browser, tmp_path_factory, request):
     """The committed file through nbconvert, open in a tab, its formulas typeset.

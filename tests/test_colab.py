@@ -16,11 +16,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, ROOT, execute, turn_down
+from notebooks import NOTEBOOKS, READ, ROOT, execute, turn_down
 from packaging.requirements import Requirement
 
 ADDRESS = "https://github.com/UedaKenji/FI6_inverse_diffusion_model"
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+each = pytest.mark.parametrize("path", READ, ids=lambda p: p.stem)
 
 # before the set-up cell runs where the package is there: another pip is an error
 NO_PIP = """

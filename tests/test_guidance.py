@@ -566,3 +566,16 @@ def test_ve_and_vp_give_the_same_posterior(two_modes, method):
         ends.append(x / sde.scale(times[-1]))
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=1e-6, atol=1e-6)
+
+
+def test_an_operator_with_numbers_of_single_precision_has_a_matrix():
+    """As deepinv's physics, or a sparse matrix: it takes no float64."""
+    weights = torch.randn(3, 4, generator=rng(61))
+    obs = Observation(lambda x: (weights @ x.T).T, torch.zeros(3), 0.1)
+    with pytest.raises(RuntimeError):
+        obs.operator(torch.zeros(1, 4, dtype=torch.float64))
+    assert torch.allclose(obs.matrix((4,)), weights.double(), atol=1e-6)
+    z = torch.randn(5, 4, generator=rng(62))
+    prior = IsotropicMixture(torch.zeros(1, 4), 1.0)
+    guided, posterior = PiGDM(prior, obs, (4,), max_shift=1e3), prior.posterior(obs)
+    assert torch.allclose(guided(z, 1.0), posterior(z, 1.0), atol=1e-3)
