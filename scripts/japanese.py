@@ -28,8 +28,8 @@ DISPLAY, INLINE = re.compile(r"\$\$.+?\$\$", re.DOTALL), re.compile(r"\$[^$\n]+\
 LINK, CODE = re.compile(r"\]\(([^)\s]+)\)"), re.compile(r"`[^`\n]+`")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 WORDS = re.compile(  # English for what Japanese may write as a number
-    r"\b(one|once|two|twice|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred"
-    r"|thousand|million|dozen|half|halves|third|quarter|tenth|hundredth|first|second|both|single"
+    r"\b(one|once|two|twice|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|fifty"
+    r"|sixty|hundred|thousand|million|dozen|half|halves|third|quarter|tenth|hundredth|first|second|both|single"
     r"|per cent|nobody)s?",
     re.IGNORECASE,
 )
