@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, READ, ROOT, execute, turn_down
+from notebooks import JAPANESE, NOTEBOOKS, READ, ROOT, execute, turn_down
 from packaging.requirements import Requirement
 
 ADDRESS = "https://github.com/UedaKenji/FI6_inverse_diffusion_model"
@@ -186,10 +186,10 @@ def test_requirements_are_lower_bounds():
     assert {s.operator for line in lines for s in Requirement(line).specifier} == {">="}
 
 
-@each
-def test_both_set_up_cells_get_this_repository(path):
+@pytest.mark.parametrize("path", NOTEBOOKS + JAPANESE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_set_up_cells_get_this_repository(path):
     """The set-up cell and the badge name one repository, and the badge this notebook."""
     notebook = nbformat.read(path, as_version=4)
     assert f"git+{ADDRESS}" in setup_cell(notebook).source
     address = ADDRESS.replace("https://github.com", "https://colab.research.google.com/github")
-    assert f"({address}/blob/main/{path.name})" in notebook.cells[0].source
+    assert f"({address}/blob/main/{path.relative_to(ROOT).as_posix()})" in notebook.cells[0].source
