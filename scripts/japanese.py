@@ -28,9 +28,9 @@ DISPLAY, INLINE = re.compile(r"\$\$.+?\$\$", re.DOTALL), re.compile(r"\$[^$\n]+\
 LINK, CODE = re.compile(r"\]\(([^)\s]+)\)"), re.compile(r"`[^`\n]+`")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 WORDS = re.compile(  # English for what Japanese may write as a number
-    r"\b(one|once|two|twice|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|fifty"
-    r"|sixty|hundred|thousand|million|dozen|half|halves|third|quarter|tenth|hundredth|first|second|both|single"
-    r"|per cent|nobody)s?",
+    r"\b(one|once|two|twice|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty"
+    r"|thirty|fifty|sixty|hundred|thousand|million|dozen|half|halves|third|quarter|tenth"
+    r"|hundredth|first|second|both|single|per cent|nobody)s?",
     re.IGNORECASE,
 )
 # what may stand beside a formula, for GitHub to see it
@@ -84,7 +84,8 @@ def differences(english: str, japanese: str) -> list[str]:
     pairs = {
         "formulas": [Counter(DISPLAY.findall(text)) for text in (english, japanese)],
         "formulas in the text": [
-            set(INLINE.findall(CODE.sub("", DISPLAY.sub("", text)))) for text in (english, japanese)
+            set(INLINE.findall(CODE.sub("", DISPLAY.sub("", text))))
+            for text in (english, japanese)
         ],
         "code": [set(CODE.findall(text)) for text in (english, japanese)],
         "links": links,

@@ -135,6 +135,25 @@ def test_a_moving_picture_has_its_frames():
     plt.rcdefaults()
 
 
+def test_greys_of_a_moving_picture_stay_grey():
+    """Beside many colours, in few: a grey band on white has no tint in the last frame."""
+
+    def frame(i):
+        figure, ax = plt.subplots(figsize=(4, 2))
+        ax.set_axis_off()
+        ax.axhspan(0.4, 0.6, color="#cccccc")
+        ax.scatter(range(40), [i / 3] * 40, c=range(40), cmap="hsv", marker="o", s=30)
+        ax.set(ylim=(-0.2, 1.2))
+        return figure
+
+    with Image.open(io.BytesIO(draw.animated_png(frame, 4))) as png:
+        png.seek(png.n_frames - 1)
+        image = np.asarray(png.convert("RGB")).astype(int)
+    row = image[image.shape[0] // 2]
+    assert (row == 0xCC).all(axis=1).mean() > 0.5
+    assert (row.max(axis=1) - row.min(axis=1)).max() <= 3
+
+
 def test_a_shown_figure_is_described_and_closed(capsys):
     figure = plt.figure(figsize=(1, 1))
     draw.show(figure, "nothing to see")
