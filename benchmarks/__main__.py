@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--parts a1 a2 b c] [--out FILE] [--quick]`, from the repository's root.
+"""`python -m benchmarks [--parts a1 a2 b1 b2 c] [--out FILE] [--quick]`, from the root.
 
 Markdown tables, one a part.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import statistics
 import sys
@@ -105,67 +106,95 @@ def part_a2(quick: bool) -> str:
 
 
 class Score:
-    """A method's distances by column, and what its last run cost."""
+    """A method's distances, one a problem, by column (d, m), and its calls."""
 
     def __init__(self, method: posterior.Posterior) -> None:
-        self.method, self.far, self.calls, self.seconds = method, {}, 0, 0.0
+        self.method, self.far, self.calls = method, {}, 0
 
     def run(
-        self, problem: posterior.Problem, calls: int, noise: Tensor, exact: list[Tensor]
+        self, problem: posterior.Problem, calls: int, noise: Tensor, exact: list[Tensor], one: float
     ) -> str | None:
-        """Adds the distance to the column (d, m) of the problem; the error's name if it broke."""
+        """Adds the distance, in units of `one`; returns the error's name if the method broke."""
         column, error = tuple(problem.matrix.T.shape), None
-        problem.denoiser.calls, start = 0, time.perf_counter()
+        problem.denoiser.points = 0
         try:
             x = quiet(lambda: self.method(problem, calls, noise))
             far = distance(x, exact) if x.isfinite().all() else float("nan")
         except BROKEN as broken:
             far, error = float("nan"), type(broken).__name__
-        self.calls, self.seconds = problem.denoiser.calls, time.perf_counter() - start
-        self.far[column] = self.far.get(column, 0.0) + far
+        self.calls = round(problem.denoiser.points / len(noise))
+        self.far.setdefault(column, []).append(far / one)
         return error
 
+    def cells(self) -> list[str]:
+        """Mean and standard error of each column, and of the geometric mean of all of them."""
+        cells = [with_error(far) for far in self.far.values()]
+        runs = zip(*self.far.values(), strict=True)  # one problem of each column
+        each = [math.exp(sum(map(math.log, run)) / len(run)) for run in runs]
+        return [*cells, with_error(each), str(self.calls)]
 
-def compare(
-    d: int, m: int, runs: int, n: int, calls: int, scores: dict[str, Score]
-) -> tuple[float, list[str]]:
-    """One column: each method on its problems. The unit of its distances, and notes."""
-    one, notes = 0.0, []
+
+def with_error(values: list[float]) -> str:
+    """Mean ± standard error; the mean alone of one."""
+    mean = number(statistics.mean(values))
+    if len(values) == 1 or not math.isfinite(sum(values)):
+        return mean
+    return f"{mean} ± {number(statistics.stdev(values) / math.sqrt(len(values)))}"
+
+
+def compare(d: int, m: int, runs: int, n: int, calls: int, scores: dict[str, Score]) -> list[str]:
+    """One column: each method on its problems. Notes of what broke."""
+    notes = []
     for seed in range(runs):
         problem = posterior.mixture_problem(d, m, seed)
         exact = problem.mixture.posterior(problem.observation)
         sets = [exact.sample(n, torch.Generator().manual_seed(2000 + i)) for i in range(6)]
-        one += unit(sets)
+        one = unit(sets)
         for name, score in scores.items():
             noise = seeded(seed, n, d, dtype=torch.float64)
-            if error := score.run(problem, calls, noise, sets[3:]):
+            if error := score.run(problem, calls, noise, sets[3:], one):
                 notes.append(f"{name}, d = {d}, {m} observed: {error}.")
-    for name, score in scores.items():
-        report([name, f"d = {d}, m = {m}", number(score.far[d, m] / one), f"{score.seconds:.1f} s"])
-    return one, notes
+            report([name, f"d = {d}, m = {m}, {seed}", number(score.far[d, m][-1])])
+    return notes
 
 
-def part_b(quick: bool) -> str:
-    problems, calls = ({8: 1, 80: 1}, 20) if quick else ({8: 3, 80: 2, 800: 1}, 100)
-    size = {d: 200 if quick else 1000 if d == 800 else 2000 for d in problems}
+def part_b1(quick: bool) -> str:
+    sizes, calls = ({8: 200, 80: 200}, 20) if quick else ({8: 2000, 80: 2000, 800: 500}, 100)
+    runs = 2 if quick else 8
     methods, notes = collect(*posterior.GROUPS)
-    scores, one = {name: Score(method) for name, method in methods.items()}, {}
-    for d, m in [(d, m) for d in problems for m in (1, 2, 4)]:
-        one[d, m], more = compare(d, m, problems[d], size[d], calls, scores)
-        notes += more
-    rows = []
-    for name, score in scores.items():
-        cells = [number(score.far[column] / one[column]) for column in one]
-        rows.append([name, *cells, str(score.calls), f"{score.seconds:.1f}"])
-    names = [f"{d}, {m}" for d, m in one]
-    head = ["exact against exact = 1; d, m =", *names, "calls", "seconds"]
-    each = ", ".join(f"{k} for d = {d} ({size[d]:,} draws)" for d, k in problems.items())
+    scores = {name: Score(method) for name, method in methods.items()}
+    columns = [(d, m) for d in sizes for m in (1, 2, 4)]
+    for d, m in columns:
+        notes += compare(d, m, runs, sizes[d], calls, scores)
+    rows = [[name, *score.cells()] for name, score in scores.items()]
+    names = [f"{d}, {m}" for d, m in columns]
+    head = ["exact against exact = 1; d, m =", *names, "geometric mean", "calls a draw"]
+    draws = ", ".join(f"{n:,} for d = {d}" for d, n in sizes.items())
     text = (
-        "Mean sliced Wasserstein-1 distance to exact posterior draws; 25 Gaussians in d "
-        "dimensions, m numbers observed, σ from 2000 to 0.01. "
-        f"Problems a column: {each}. Calls and seconds are those of the last column's runs."
+        "Sliced Wasserstein-1 distance to exact posterior draws; 25 Gaussians in d dimensions, m "
+        f"numbers observed, σ from 2000 to 0.01. Mean and standard error of {runs} problems a "
+        f"column. Draws: {draws}. Calls a draw are the points that the denoiser was given in the "
+        "last problem over the draws; tempered SMC takes as many as it takes."
     )
-    return section("(b) Gaussian mixtures: posterior error", text, head, rows, notes)
+    return section("(b1) Gaussian mixtures: posterior error", text, head, rows, notes)
+
+
+def part_b2(quick: bool) -> str:
+    (d, n), calls, repeats = ((80, 200), 20, 1) if quick else ((800, 500), 100, 3)
+    methods, notes = collect(*posterior.GROUPS)
+    problem, taken = posterior.mixture_problem(d, 4, 0), {name: [] for name in methods}
+    for repeat in range(repeats):
+        for name, method in methods.items():
+            noise, start = seeded(repeat, n, d, dtype=torch.float64), time.perf_counter()
+            try:
+                quiet(lambda method=method, noise=noise: method(problem, calls, noise))
+            except BROKEN as broken:
+                notes.append(f"{name}: {type(broken).__name__}.")
+            taken[name].append(time.perf_counter() - start)
+    rows = [[name, f"{statistics.median(times):.1f}"] for name, times in taken.items()]
+    text = f"Medians of {repeats}, taken in turn, of the first problem of (b1)'s last column."
+    head = [f"{n:,} draws in {d} dimensions", "seconds"]
+    return section("(b2) Gaussian mixtures: time", text, head, rows, notes)
 
 
 def part_c(quick: bool) -> str:
@@ -219,14 +248,20 @@ def timed(
     return x, time.perf_counter() - start
 
 
-PARTS: dict[str, Callable[[bool], str]] = {"a1": part_a1, "a2": part_a2, "b": part_b, "c": part_c}
+PARTS: dict[str, Callable[[bool], str]] = {
+    "a1": part_a1,
+    "a2": part_a2,
+    "b1": part_b1,
+    "b2": part_b2,
+    "c": part_c,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*PARTS, "a"]
+    names = [*PARTS, "a", "b"]
     parser.add_argument(
-        "--parts", nargs="+", choices=names, default=list(PARTS), help="a is a1 and a2"
+        "--parts", nargs="+", choices=names, default=list(PARTS), help="a is a1 and a2, b likewise"
     )
     parser.add_argument("--out", type=Path, help="write the tables there, too")
     parser.add_argument("--quick", action="store_true", help="only to see that everything runs")

@@ -22,14 +22,14 @@ LIBRARIES = ("azula", "smalldiffusion", "k-diffusion", "diffusers", "deepinv")
 
 
 class Counter:
-    """A denoiser that counts its calls: every library is given one of these."""
+    """A denoiser that counts its calls and their points: every library is given one of these."""
 
     def __init__(self, denoiser: Denoise) -> None:
-        self.denoiser, self.calls = denoiser, 0
+        self.denoiser, self.calls, self.points = denoiser, 0, 0
         self.sigma_data = getattr(denoiser, "sigma_data", 1.0)
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls, self.points = self.calls + 1, self.points + len(z)
         return self.denoiser(z, sigma)
 
 

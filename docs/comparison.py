@@ -1,7 +1,6 @@
 """The plot of the READMEs, `docs/comparison.png`, from benchmarks/results.md:
 `python docs/comparison.py`."""
 
-import math
 import re
 from pathlib import Path
 
@@ -69,16 +68,18 @@ def draw_sampling(ax: plt.Axes) -> None:
 
 
 def draw_posteriors(ax: plt.Axes) -> None:
-    """Nine problems' columns a row, and their geometric mean."""
-    rows = {name: [number(c) for c in cells[:9]] for name, cells in table("b").items()}
-    mean = {name: math.exp(sum(map(math.log, v)) / len(v)) for name, v in rows.items()}
-    for place, name in enumerate(sorted(rows, key=mean.__getitem__, reverse=True)):
+    """Nine columns a row, pale, and the mean of their geometric mean with its standard error."""
+    rows = table("b1")
+    mean = {name: [float(a) for a in cells[9].split(" ± ")] for name, cells in rows.items()}
+    names = sorted(rows, key=mean.__getitem__, reverse=True)
+    for place, name in enumerate(names):
         style = look(name) | {"linestyle": "none"}
-        ax.plot(rows[name], [place] * 9, **style, alpha=0.4)
-        ax.plot(mean[name], place, **style | {"markersize": 9})
+        ax.plot([number(c) for c in rows[name][:9]], [place] * 9, **style, alpha=0.4)
+        value, error = mean[name]
+        ax.errorbar(value, place, xerr=error, **style | {"markersize": 9, "capsize": 3})
     ax.set(xscale="log", title="Posteriors: distance, exact against exact = 1")
-    ax.set_yticks(range(len(rows)), sorted(rows, key=mean.__getitem__, reverse=True))
-    ax.set_xlabel("nine kinds of problems (pale) and their geometric mean, 100 calls")
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_xlabel("nine kinds of problems, eight of each (pale), and their geometric mean ± error")
     ax.set_xticks((1, 3, 10, 30, 100), ("1", "3", "10", "30", "100"))
     ax.minorticks_off()
 
