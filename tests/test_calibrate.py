@@ -187,5 +187,3 @@ def test_chains_are_written_and_of_a_gaussian_they_are_right(tmp_path, monkeypat
         assert covered["moment-matched", "8"] == pytest.approx(0.9, abs=0.02)
         assert covered["ancestral", "4"] < 0.8
     assert rows["moment-matched"]["2"]["calls"] == 8 * [8.0]
-
-

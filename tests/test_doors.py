@@ -465,8 +465,14 @@ def test_what_is_finite_and_wrong_is_warned_of(name):
         call()
 
 
-NUMBERS = (0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5),
-        torch.tensor([1.0])[0] / 2)
+NUMBERS = (
+    0.5,
+    np.float32(0.5),
+    np.float64(0.5),
+    torch.tensor(0.5),
+    np.array(0.5),
+    torch.tensor([1.0])[0] / 2,
+)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: f"{type(n).__name__}")

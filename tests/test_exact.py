@@ -118,9 +118,7 @@ def test_roll_is_resolved_by_its_quadrature(roll):
     x = roll.sample(2000, rng(9))
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(2000))
     finer = IsotropicMixture(swiss_roll_curve((nodes + 1) / 2), roll.variance, weights)
-    torch.testing.assert_close(
-        roll.log_prob(x), finer.log_prob(x), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(roll.log_prob(x), finer.log_prob(x), rtol=0, atol=1e-6)
     # independent: Monte-Carlo over the curve, at one point, at a noise where that converges
     u = torch.rand(400_000, generator=rng(10), dtype=torch.float64)
     v = roll.variance + 0.3**2

@@ -1,6 +1,5 @@
 """The pretended device computes as the CPU does, refuses what Apple's refuses, leaves nothing."""
 
-
 import nbformat
 import numpy as np
 import pytest
