@@ -173,8 +173,9 @@ def part_b1(quick: bool) -> str:
     text = (
         "Sliced Wasserstein-1 distance to exact posterior draws; 25 Gaussians in d dimensions, m "
         f"numbers observed, σ from 2000 to 0.01. Mean and standard error of {runs} problems a "
-        f"column. Draws: {draws}. Calls a draw are the points that the denoiser was given in the "
-        "last problem over the draws; tempered SMC takes as many as it takes."
+        f"column; the geometric mean is that of one problem of each. Draws: {draws}. Calls a draw "
+        "are the points that the denoiser was given in the last problem over the draws; tempered "
+        "SMC takes as many as it takes."
     )
     return section("(b1) Gaussian mixtures: posterior error", text, head, rows, notes)
 

@@ -76,7 +76,7 @@ def draw_posteriors(ax: plt.Axes) -> None:
         style = look(name) | {"linestyle": "none"}
         ax.plot([number(c) for c in rows[name][:9]], [place] * 9, **style, alpha=0.4)
         value, error = mean[name]
-        ax.errorbar(value, place, xerr=error, **style | {"markersize": 9, "capsize": 3})
+        ax.errorbar(value, place, xerr=error, **style | {"markersize": 7, "capsize": 4})
     ax.set(xscale="log", title="Posteriors: distance, exact against exact = 1")
     ax.set_yticks(range(len(rows)), names)
     ax.set_xlabel("nine kinds of problems, eight of each (pale), and their geometric mean ± error")
