@@ -78,7 +78,7 @@ def test_the_command_changes_nothing_where_all_is_whole(copy, capsys):
 def test_an_english_cell_that_changed_is_listed_until_it_is_said_to_be_done(copy, capsys):
     """In both lectures, for it is shared; its Japanese is edited in the first, and goes to both."""
     for name in japanese.NAMES[:2]:
-        change(copy / name, "uniform in angle:", "equally dense in angle:")
+        change(copy / name, "uniform in angle;", "equally dense in angle;")
     assert japanese.main(["--root", str(copy)]) == 1
     listed = capsys.readouterr().out
     assert listed.count("to be translated") == 2
